@@ -1,0 +1,51 @@
+"""One op at one real shape: its inputs, its work, its peers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Makes a case's tensors: random ones to run, or uninitialized ones to compile for."""
+
+    device: str
+    dtype: torch.dtype
+    empty: bool = False
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        make = torch.empty if self.empty else torch.randn
+        return make(*shape, device=self.device, dtype=dtype or self.dtype)
+
+    def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        if self.empty:
+            return torch.empty(*shape, device=self.device, dtype=dtype)
+        return torch.randint(low, high, shape, device=self.device, dtype=dtype)
+
+    def tensor(self, values: Sequence[int | float], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`run(*inputs(Inputs(...)))` executes op `op` once.
+
+    `bytes(itemsize)` is what must move through device memory at least once, `flops` the
+    multiply-adds counted twice. `reference` and `peers` take the same arguments as `run`.
+    """
+
+    op: str
+    shape: str
+    inputs: Callable[[Inputs], tuple[Any, ...]]
+    run: Callable[..., Any]
+    bytes: Callable[[int], int]
+    reference: Callable[..., Any]
+    flops: int = 0
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.shape}"

@@ -1,0 +1,1 @@
+"""Where tlk meets transformers: caches, calls, checkpoints."""

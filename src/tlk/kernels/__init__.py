@@ -1,0 +1,1 @@
+"""Fused GPU operations on plain tensors. Knows torch and triton, and nothing else of tlk."""

@@ -1,0 +1,1 @@
+"""Modules of tlk and the model families assembled from them."""
