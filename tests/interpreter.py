@@ -127,7 +127,9 @@ _active = False
 @contextlib.contextmanager
 def interpret(sm=90, check_bounds=True, allow=()):   # allow: tensors reached through pointers stored in memory
     global _active, CHECK_BOUNDS, _extra
-    if _active: yield; return
+    if _active:
+        with kernels_on_cpu(sm): yield
+        return
     S = ti._LangPatchScope(); put = S.set_attr; sem = ti.interpreter_semantic; _active, CHECK_BOUNDS, _extra = True, check_bounds, allow
     try:
         put(ti, '_convert_float', _convert_float); put(ti, '_implicit_cvt', _implicit_cvt); put(ti.GridExecutor, '_init_args_hst', _init_args_hst)
