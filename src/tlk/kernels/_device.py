@@ -4,22 +4,25 @@ from functools import lru_cache
 
 import torch
 
-from tlk.kernels._op import pretended_sm
+from tlk.kernels._op import pretended_device
 
 
 def sm(device: torch.device) -> int:
     """Compute capability of `device` as in sm_90, or the pretended one for CPU tensors."""
     if device.type == "cuda":
         return _properties(device.index or 0)[0]
-    pretended = pretended_sm()
+    pretended = pretended_device()
     if pretended is None:
         raise RuntimeError(f"{device} has no compute capability: kernels run on CUDA devices")
-    return pretended
+    return pretended[0]
 
 
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; 8 for CPU tensors, so that tests see several waves."""
-    return _properties(device.index or 0)[1] if device.type == "cuda" else 8
+    """Streaming multiprocessors of `device`, or the pretended ones for CPU tensors (else 8)."""
+    if device.type == "cuda":
+        return _properties(device.index or 0)[1]
+    pretended = pretended_device()
+    return 8 if pretended is None else pretended[1]
 
 
 @lru_cache

@@ -16,23 +16,27 @@ R = TypeVar("R")
 _LIB = torch.library.Library("tlk", "DEF")
 _BACKENDS: dict[str, Callable[..., str]] = {}
 
-# The capability that kernels launched on CPU tensors pretend to run on; None: CPU runs references.
-_PRETENDED_SM: ContextVar[int | None] = ContextVar("tlk_pretended_sm", default=None)
+# (capability, multiprocessors) that kernels launched on CPU tensors pretend to run on.
+# None: ops on CPU tensors run their references.
+_PRETENDED: ContextVar[tuple[int, int] | None] = ContextVar("tlk_pretended_device", default=None)
 
 
 @contextmanager
-def kernels_on_cpu(sm: int = 90) -> Iterator[None]:
-    """Launch kernels on CPU tensors too, as on capability `sm`; for an interpreter or a dry run."""
-    token = _PRETENDED_SM.set(sm)
+def kernels_on_cpu(sm: int = 90, sm_count: int = 8) -> Iterator[None]:
+    """Launch kernels on CPU tensors too, as on a GPU of capability `sm` with `sm_count` SMs.
+
+    For an interpreter or a dry run. Eight SMs let small tests see several waves.
+    """
+    token = _PRETENDED.set((sm, sm_count))
     try:
         yield
     finally:
-        _PRETENDED_SM.reset(token)
+        _PRETENDED.reset(token)
 
 
-def pretended_sm() -> int | None:
-    """The capability given to `kernels_on_cpu`, or None outside of it."""
-    return _PRETENDED_SM.get()
+def pretended_device() -> tuple[int, int] | None:
+    """The (capability, SM count) given to `kernels_on_cpu`, or None outside of it."""
+    return _PRETENDED.get()
 
 
 def op(
@@ -54,7 +58,7 @@ def op(
         name = launch.__name__.removeprefix("_")
 
         def on_cpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            run = reference if _PRETENDED_SM.get() is None else launch
+            run = reference if _PRETENDED.get() is None else launch
             return run(*args, **kwargs)
 
         _LIB.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
@@ -93,6 +97,6 @@ class count_ops(TorchDispatchMode):
 
 def _runner(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-    if tensors[0].device.type == "cpu" and _PRETENDED_SM.get() is None:
+    if tensors[0].device.type == "cpu" and _PRETENDED.get() is None:
         return "reference"
     return _BACKENDS[name](*args, **kwargs) if name in _BACKENDS else "triton"
