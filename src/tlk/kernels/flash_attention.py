@@ -1,13 +1,25 @@
-"""Attention of queries over dense or concatenated keys and values, without a score matrix in memory.
+"""Attention of queries over dense or concatenated keys and values, with no score matrix in memory.
 
     o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),   s_ij = scale · q_i · k_j
 
 Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", https://arxiv.org/abs/2309.17453
+
+One program per block of queries and head walks over the keys that the block sees with an online
+softmax in base 2. Blocks of keys that every query sees run in a loop without a mask; only those cut
+by the diagonal, the window or the end of the keys pay for one. 2·(D + Dv) flops per visible pair of
+query and key and head; q, k, v and o move through device memory about once.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from tlk.kernels._check import (
     FLOATS,
@@ -16,10 +28,13 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._device import sm
 from tlk.kernels._op import op
 
-REFERENCE_ROWS = 1024  # queries whose scores the reference holds at once
 MAX_HEAD_DIM = 256
+REFERENCE_ROWS = 1024  # queries whose scores the reference holds at once
+L2_BYTES = 32 << 20  # keys and values that blocks running side by side may read
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def flash_attention_reference(
@@ -37,15 +52,15 @@ def flash_attention_reference(
     max_k: int,
 ) -> Tensor:
     """Attention of `q` [B, Sq, H, D] or [T, H, D] in float32, rounded once; see `flash_attention`."""
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        rows = _padded_rows(cu_seqlens_q, max_q, q.shape[0])
-        columns = _padded_rows(cu_seqlens_k, max_k, k.shape[0])
-        len_q, len_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-        padded = (_pad(q, rows), _pad(k, columns), _pad(v, columns))
-        out = _attend(*padded, len_q, len_k, softmax_scale, causal, window, softcap, sinks)
-        return _unpad(out, rows, q.shape[0])
-    len_q, len_k = (torch.tensor([x.shape[1]], device=q.device) for x in (q, k))
-    return _attend(q, k, v, len_q, len_k, softmax_scale, causal, window, softcap, sinks)
+    attend = partial(
+        _attend,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return _by_sequence(attend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
 
 
 def _attend(
@@ -60,9 +75,8 @@ def _attend(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Batched attention, where sequence b has `len_q[b]` queries and `len_k[b]` keys."""
-    batch, _, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    """Attention of a batch whose sequence b has `len_q[b]` queries and `len_k[b]` keys."""
+    heads, kv_heads = q.shape[2], k.shape[2]
     # An extra logit without a value keeps the softmax defined for rows that see no key.
     extra = torch.full((heads,), -torch.inf, device=q.device) if sinks is None else sinks.float()
     parts = []
@@ -72,7 +86,7 @@ def _attend(
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         span = (start, start + rows.shape[1])
-        seen = visible(span, k.shape[1], len_q, len_k, causal, window)[:, None, None]
+        seen = _visible(span, k.shape[1], len_q, len_k, causal, window)[:, None, None]
         scores = scores.masked_fill(~seen, -torch.inf)
         logit = extra.view(kv_heads, -1, 1, 1).expand(*scores.shape[:1], -1, -1, rows.shape[1], -1)
         scores = torch.cat([scores, logit], -1)
@@ -80,49 +94,265 @@ def _attend(
         p = torch.exp(scores - top)
         p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         parts.append(torch.einsum("bkgij,bjkd->bikgd", p[..., :-1], v.float()).flatten(2, 3))
-    out = torch.cat(parts, 1) if parts else q.new_zeros(batch, 0, heads, v.shape[-1])
-    return out.to(q.dtype)
+    empty = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return torch.cat(parts, 1).to(q.dtype) if parts else empty
 
 
-def visible(
+def _visible(
     rows: tuple[int, int], columns: int, len_q: Tensor, len_k: Tensor, causal: bool, window: int
 ) -> Tensor:
-    """Which keys [0, columns) the queries `rows` of each sequence see: bool [B, rows, columns].
-
-    The last query of a sequence stands at its last key.
-    """
+    """Which keys [0, columns) the queries `rows` of each sequence see: bool [B, rows, columns]."""
     i = torch.arange(*rows, device=len_q.device)[None, :, None]
     j = torch.arange(columns, device=len_q.device)[None, None, :]
-    ahead = j - (i + (len_k - len_q)[:, None, None])
-    seen = j < len_k[:, None, None]
-    seen = seen & (ahead <= 0) if causal else seen.expand_as(ahead)
+    ahead = j - (i + (len_k - len_q)[:, None, None])  # the last query stands at the last key
+    seen = (j < len_k[:, None, None]).expand_as(ahead)
+    if causal:
+        seen = seen & (ahead <= 0)
     if window:
         seen = seen & (ahead > -window) & (ahead < window)
     return seen
 
 
+def _by_sequence(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+) -> Tensor:
+    """`attend` a dense batch, or concatenated sequences after padding them to one length."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        lengths = (torch.full((1,), n, device=q.device) for n in (max_q, max_k))
+        return attend(q, k, v, *lengths)
+    rows = _padded_rows(cu_seqlens_q, max_q, q.shape[0])
+    columns = _padded_rows(cu_seqlens_k, max_k, k.shape[0])
+    q_pad, k_pad, v_pad = (
+        torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
+        for x, index in ((q, rows), (k, columns), (v, columns))
+    )
+    out = q.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
+    out[rows] = attend(q_pad, k_pad, v_pad, cu_seqlens_q.diff(), cu_seqlens_k.diff())
+    return out[:-1].clone()
+
+
 def _padded_rows(cu_seqlens: Tensor, longest: int, total: int) -> Tensor:
     """Row of token i of sequence s, or `total` where the sequence has none: [S, longest]."""
-    i = torch.arange(longest, device=cu_seqlens.device)
-    rows = cu_seqlens[:-1, None] + i
+    rows = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
     return torch.where(rows < cu_seqlens[1:, None], rows, total).long()
 
 
-def _pad(x: Tensor, rows: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[rows]
+@triton.jit
+def _attend_tiles(
+    acc,
+    total,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    k_row,
+    v_row,
+    first,
+    last,
+    positions,
+    len_k,
+    window,
+    scale,
+    cap,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DQK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One online softmax over the keys [first, last); `top` is the row maximum in base 2."""
+    n = tl.arange(0, BLOCK_N)
+    dqk = tl.arange(0, triton.next_power_of_2(DQK))
+    dv = tl.arange(0, triton.next_power_of_2(DV))
+    k_tile = k_ptr + first.to(tl.int64) * k_row + n[:, None] * k_row + dqk[None, :]
+    v_tile = v_ptr + first.to(tl.int64) * v_row + n[:, None] * v_row + dv[None, :]
+    for start in tl.range(first, last, BLOCK_N):
+        k_mask = (dqk < DQK)[None, :]
+        v_mask = (dv < DV)[None, :]
+        if MASKED:
+            k_mask = k_mask & (start + n < len_k)[:, None]
+            v_mask = v_mask & (start + n < len_k)[:, None]
+        k = tl.load(k_tile, mask=k_mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        unit = scale
+        if SOFTCAP:
+            s = libdevice.tanh(s * scale) * cap
+            unit = 1.0
+        if MASKED:
+            ahead = (start + n)[None, :] - positions[:, None]
+            seen = (start + n < len_k)[None, :]
+            if CAUSAL:
+                seen = seen & (ahead <= 0)
+            if WINDOW:
+                seen = seen & (ahead > -window) & (ahead < window)
+            s = tl.where(seen, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * unit)
+        p = tl.math.exp2(s * unit - new_top[:, None])
+        decay = tl.math.exp2(top - new_top)
+        total = total * decay + tl.sum(p, 1)
+        v = tl.load(v_tile, mask=v_mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        top = new_top
+        k_tile += BLOCK_N * k_row
+        v_tile += BLOCK_N * v_row
+    return acc, total, top
 
 
-def _unpad(x: Tensor, rows: Tensor, total: int) -> Tensor:
-    out = x.new_zeros(total + 1, *x.shape[2:])
-    out[rows] = x
-    return out[:total].clone()
+@triton.jit
+def _key_ranges(
+    row,
+    len_q,
+    len_k,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Cut the keys of queries [row, row + BLOCK_M) in three: all keys between the inner two are seen by all."""
+    first_position = row + len_k - len_q
+    last_position = tl.minimum(row + BLOCK_M, len_q) - 1 + len_k - len_q
+    begin = 0
+    full_begin = 0
+    end = len_k
+    full_end = len_k
+    if WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
+        end = tl.minimum(end, last_position + window)
+        full_end = tl.minimum(full_end, first_position + window)
+    if CAUSAL:
+        end = tl.minimum(end, last_position + 1)
+        full_end = tl.minimum(full_end, first_position + 1)
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit(do_not_specialize=["len_q", "len_k", "heads", "group", "pairs", "wave", "window"])
+def _flash_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    sinks_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    len_q,
+    len_k,
+    heads,
+    group,
+    pairs,
+    wave,
+    window,
+    scale,
+    cap,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    DQK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Block of queries × (batch, head) pair; len_q and len_k are the longest of a VARLEN batch."""
+    # The last, under a causal mask longest, blocks of `wave` pairs start first; then the next pairs.
+    blocks = tl.cdiv(len_q, BLOCK_M)
+    before = tl.program_id(0) // (wave * blocks) * wave
+    rank = tl.program_id(0) - before * blocks
+    beside = tl.minimum(wave, pairs - before)
+    row = (blocks - 1 - rank // beside) * BLOCK_M
+    pair = before + rank % beside
+    b = (pair // heads).to(tl.int64)
+    h = (pair % heads).to(tl.int64)
+    q_start = b * 0
+    k_start = b * 0
+    o_start = b * len_q
+    if VARLEN:
+        q_start = tl.load(cu_q_ptr + b).to(tl.int64)
+        k_start = tl.load(cu_k_ptr + b).to(tl.int64)
+        o_start = q_start
+        len_q = (tl.load(cu_q_ptr + b + 1) - q_start).to(tl.int32)
+        len_k = (tl.load(cu_k_ptr + b + 1) - k_start).to(tl.int32)
+        if row >= len_q:
+            return
+    rows = row + tl.arange(0, BLOCK_M)
+    dqk = tl.arange(0, triton.next_power_of_2(DQK))
+    dv = tl.arange(0, triton.next_power_of_2(DV))
+    q_ptr += b * q_batch + h * q_head + q_start * q_row
+    k_ptr += b * k_batch + (h // group) * k_head + k_start * k_row
+    v_ptr += b * v_batch + (h // group) * v_head + k_start * v_row
+    q_mask = (rows < len_q)[:, None] & (dqk < DQK)[None, :]
+    q_tile = rows.to(tl.int64)[:, None] * q_row + dqk[None, :]
+    q = tl.load(q_ptr + q_tile, mask=q_mask, other=0.0)
+
+    # Finite before the first key, so that exp2(-inf - top) is 0 and never NaN.
+    top = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
+        total = tl.math.exp2(sink - top)
+    begin, full_begin, full_end, end = _key_ranges(
+        row, len_q, len_k, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+    positions = rows + len_k - len_q
+    if WINDOW:
+        acc, total, top = _attend_tiles(
+            acc, total, top, q, k_ptr, v_ptr, k_row, v_row, begin, full_begin, positions, len_k,
+            window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+        )  # fmt: skip
+    acc, total, top = _attend_tiles(
+        acc, total, top, q, k_ptr, v_ptr, k_row, v_row, full_begin, full_end, positions, len_k,
+        window, scale, cap, False, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+    )  # fmt: skip
+    acc, total, top = _attend_tiles(
+        acc, total, top, q, k_ptr, v_ptr, k_row, v_row, full_end, end, positions, len_k,
+        window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+    )  # fmt: skip
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    o_tile = ((o_start + rows)[:, None] * heads + h) * DV + dv[None, :]
+    o_mask = (rows < len_q)[:, None] & (dv < DV)[None, :]
+    tl.store(o_ptr + o_tile, acc.to(o_ptr.dtype.element_ty), mask=o_mask)
+
+
+def default_config(sm: int, itemsize: int, head_dim: int, rows: int) -> dict[str, int]:
+    """Block sizes that fit the shared memory and registers of `sm`; head_dim is the larger of D, Dv."""
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
 def _fake(q, k, v, *_):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@op(flash_attention_reference, fake=_fake)
+def _backend(q, k, v, softmax_scale, causal, window, softcap, sinks, *_):
+    if sm(q.device) >= 80:
+        return "triton"
+    return "sdpa" if softcap == 0 and sinks is None else "torch"
+
+
+@op(flash_attention_reference, fake=_fake, backend=_backend)
 def _flash_attention(
     q: Tensor,
     k: Tensor,
@@ -137,9 +367,96 @@ def _flash_attention(
     max_q: int,
     max_k: int,
 ) -> Tensor:
-    return flash_attention_reference(
-        q, k, v, softmax_scale, causal, window, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_q, max_k
+    options = (softmax_scale, causal, window, softcap, sinks)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    runner = _backend(q, k, v, *options)
+    if runner == "torch":
+        return flash_attention_reference(q, k, v, *options, *lengths)
+    if runner == "sdpa":
+        sdpa = partial(_sdpa, softmax_scale=softmax_scale, causal=causal, window=window)
+        return _by_sequence(sdpa, q, k, v, *lengths)
+    # Rows of no sequence are written by no program.
+    make = q.new_empty if cu_seqlens_q is None else q.new_zeros
+    out = make(*q.shape[:-1], v.shape[-1])
+    if out.numel() and max_q:
+        _launch(q, k, v, out, *options, *lengths)
+    return out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+) -> None:
+    heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
+    dqk, dv = q.shape[-1], v.shape[-1]
+    varlen = cu_seqlens_q is not None
+    pairs = heads * (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    strides = [(0, *x.stride()[:2]) if varlen else x.stride()[:3] for x in (q, k, v)]
+    config = default_config(sm(q.device), q.element_size(), max(dqk, dv), max_q)
+    wave = group * max(1, L2_BYTES // max(1, max_k * (dqk + dv) * q.element_size()))
+    _flash_attention_kernel[(triton.cdiv(max_q, config["BLOCK_M"]) * pairs,)](
+        q,
+        k,
+        v,
+        out,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *strides[0],
+        *strides[1],
+        *strides[2],
+        max_q,
+        max_k,
+        heads,
+        group,
+        pairs,
+        min(wave, pairs),
+        min(window, max_q + max_k),
+        softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
+        softcap * LOG2_E.value,
+        CAUSAL=causal,
+        WINDOW=window > 0,
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        VARLEN=varlen,
+        DQK=dqk,
+        DV=dv,
+        **config,
     )
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    len_q: Tensor,
+    len_k: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    """`_attend` by torch, for GPUs on which Triton has no tensor cores."""
+    group = q.shape[2] // k.shape[2]
+    seen = _visible((0, q.shape[1]), k.shape[1], len_q, len_k, causal, window)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.repeat_interleave(group, 2).transpose(1, 2),
+        v.repeat_interleave(group, 2).transpose(1, 2),
+        attn_mask=seen[:, None],
+        scale=softmax_scale,
+    )
+    return out.transpose(1, 2).masked_fill(~seen.any(-1)[..., None, None], 0)
 
 
 def flash_attention(
@@ -181,32 +498,25 @@ def flash_attention(
         raise ValueError(f"window must be >= 0, got {window}")
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
-    lengths = (
-        q.shape[1] if max_q is None else max_q,
-        k.shape[1] if max_k is None else max_k,
-    )
+    longest = (q.shape[1] if max_q is None else max_q, k.shape[1] if max_k is None else max_k)
     return _flash_attention(
-        q, k, v, scale, causal, window, softcap, sinks, cu_seqlens_q, cu_seqlens_k, *lengths
+        q, k, v, scale, causal, window, softcap, sinks, cu_seqlens_q, cu_seqlens_k, *longest
     )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, varlen: bool) -> None:
     check_dtype("q", q, *FLOATS)
-    lead = (None,) if varlen else (None, None)
-    check_shape("q", q, *lead, None, None)
-    check_shape("k", k, *(lead if varlen else (q.shape[0], None)), None, q.shape[-1])
+    check_shape("q", q, *([None] * (3 if varlen else 4)))
+    check_shape("k", k, *([None] if varlen else [q.shape[0], None]), None, q.shape[-1])
     check_shape("v", v, *k.shape[:-1], None)
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         check_dtype(name, x, q.dtype)
         check_device(name, x, q.device)
-    for name, x in (("q", q), ("k", k), ("v", v)):
         check_last_dim_contiguous(name, x)
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have a head dim of 1 to 256, got {x.shape[-1]}")
+            raise ValueError(f"{name} must have a head dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"q must have a multiple of k's {k.shape[-2]} heads, got {q.shape[-2]} heads"
-        )
+        raise ValueError(f"q must have a multiple of k's {k.shape[-2]} heads, got {q.shape[-2]}")
     if sinks is not None:
         check_dtype("sinks", sinks, *FLOATS)
         check_shape("sinks", sinks, q.shape[-2])
@@ -227,10 +537,9 @@ def _check_lengths(
         )
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return
+    check_shape("cu_seqlens_q", cu_seqlens_q, None)
     check_shape("cu_seqlens_k", cu_seqlens_k, *cu_seqlens_q.shape)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_dtype(name, x, torch.int32)
         check_device(name, x, q.device)
         check_last_dim_contiguous(name, x)
-        if x.dim() != 1 or x.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(x.shape)}")
