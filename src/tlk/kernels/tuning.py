@@ -1,0 +1,162 @@
+"""Measured kernel configurations: where they lie, and which one a call uses.
+
+    lookup(op, version, device, dtype, dims, running) -> Config | None
+
+`running` is the dimension that changes from call to call (tokens), `dims` are the ones a model
+fixes, in the order the op states. A table is a JSON list of entries, one file per op and SM::
+
+    [{"version": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "dims": [6144, 4096],
+      "bucket": 4, "config": {"backend": "dot", "BLOCK_N": 32, "num_warps": 4}}, ...]
+
+`bucket` b stands for 2**(b-1) < running <= 2**b. Tables lie in the package (``tuned/<sm>/<op>.json``)
+and in the user's cache (``<cache_dir>/tuned/<sm>/<op>.json``). The first of these that has an entry
+within `REACH` answers: the user's own measurements on this device, shipped ones on this device, any
+on this SM. None sends the caller to its heuristic. Nothing here compiles, times or touches the GPU,
+and an SM never reads another SM's table: a tile that fits sm_90 need not fit sm_120.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlk.kernels._device import sm
+
+Config = Mapping[str, Any]
+"""What a launcher needs: a "backend" and that backend's parameters."""
+
+SHIPPED = Path(__file__).parent.parent / "tuned"
+
+REACH = 2.0
+"""Octaves in any one dimension beyond which a measurement says nothing about a shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One measurement: the best configuration of an op at a shape on a device."""
+
+    version: int
+    device: str
+    dtype: str
+    dims: tuple[int, ...]
+    bucket: int
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The file that holds an op's entries for an SM."""
+
+    op: str
+    path: Path
+    entries: tuple[Entry, ...]
+
+
+def cache_dir() -> Path:
+    """Where tlk keeps what it measured on this machine: $TLK_CACHE_DIR, else ~/.cache/tlk."""
+    configured = os.environ.get("TLK_CACHE_DIR")
+    return Path(configured) if configured else Path.home() / ".cache" / "tlk"
+
+
+def bucket(running: int) -> int:
+    """The log2 bucket that holds `running`: 1 → 0, 2 → 1, 3 and 4 → 2, 5 to 8 → 3."""
+    return (running - 1).bit_length()
+
+
+def lookup(
+    op: str,
+    version: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+) -> Config | None:
+    """The measured configuration nearest to this call, or None where there is none.
+
+    Depends on shapes, dtype and device only. The first call reads the op's tables, later ones of
+    the same shape cost about a microsecond. Raises ValueError naming a table that does not parse.
+    """
+    return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))
+
+
+@lru_cache(maxsize=4096)
+def _lookup(
+    op: str,
+    version: int,
+    device: torch.device,
+    arch: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running_bucket: int,
+) -> Config | None:
+    name = device_name(device)
+    mine, shipped = (_entries(path) for path in _paths(op, arch))
+    here = [e for e in mine if e.device == name], [e for e in shipped if e.device == name]
+    for entries in (*here, (*mine, *shipped)):
+        fitting = [
+            e
+            for e in entries
+            if e.version == version
+            and e.dtype == str(dtype).removeprefix("torch.")
+            and len(e.dims) == len(dims)
+        ]
+        if (nearest := _nearest(fitting, dims, running_bucket)) is not None:
+            return nearest.config
+    return None
+
+
+def _nearest(entries: Iterable[Entry], dims: tuple[int, ...], running_bucket: int) -> Entry | None:
+    best, best_distance = None, float("inf")
+    for entry in entries:
+        octaves = [abs(entry.bucket - running_bucket)]
+        octaves += [abs(log2(max(a, 1) / max(b, 1))) for a, b in zip(entry.dims, dims, strict=True)]
+        distance = sum(d * d for d in octaves)
+        if max(octaves) <= REACH and distance < best_distance:
+            best, best_distance = entry, distance
+    return best
+
+
+def tables(device: torch.device) -> list[Table]:
+    """Every table that `lookup` may read for `device`, the user's own first."""
+    folders = (folder.parent for folder in _paths("_", sm(device)))
+    files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    return [Table(path.stem, path, _entries(path)) for path in files]
+
+
+def forget() -> None:
+    """Read the tables again at the next lookup, because they have changed on disk."""
+    _lookup.cache_clear()
+    _entries.cache_clear()
+
+
+def device_name(device: torch.device) -> str:
+    """The name that table entries carry: as CUDA reports it, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _paths(op: str, arch: int) -> tuple[Path, Path]:
+    """The user's table and the shipped one."""
+    return (
+        cache_dir() / "tuned" / f"sm_{arch}" / f"{op}.json",
+        SHIPPED / f"sm_{arch}" / f"{op}.json",
+    )
+
+
+@lru_cache
+def _entries(path: Path) -> tuple[Entry, ...]:
+    if not path.exists():
+        return ()
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(Entry(**{**row, "dims": tuple(row["dims"])}) for row in rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"tuning table {path} must be a list of entries with the fields "
+            f"{', '.join(Entry.__slots__)}: {error}; delete it or run `tlk tune` again"
+        ) from error
