@@ -1,0 +1,91 @@
+"""Attention of a decoder layer over paged keys and values."""
+
+import torch
+from torch import Tensor, nn
+
+from tlk import parallel
+from tlk.kernels.kv_cache import write_kv_
+from tlk.kernels.paged_attention import paged_attention
+from tlk.models.batch import Batch, LayerKV, PagedKV
+from tlk.models.config import AttentionConfig, NormConfig
+from tlk.models.layers import LayerNorm, Linear, RMSNorm, norm, parameter
+from tlk.models.rope import RotaryEmbedding
+from tlk.quant.format import DENSE, Format
+
+
+class Attention(nn.Module):
+    """q, k and v in one matmul, rotated and cached in place, and the output added to the stream.
+
+    With several ranks, each holds its share of the query and key heads.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        hidden_size: int,
+        rope: RotaryEmbedding | None = None,
+        format: Format = DENSE,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = parallel.per_rank("heads", config.heads)
+        self.kv_heads = parallel.per_rank("kv_heads", config.kv_heads)
+        rows = config.heads * config.head_dim
+        rows += config.kv_heads * (config.head_dim + config.v_head_dim)
+        self.qkv = Linear(hidden_size, rows, bias=config.bias, format=format, split="out")
+        self.out = Linear(
+            config.heads * config.v_head_dim,
+            hidden_size,
+            bias=config.out_bias,
+            format=format,
+            split="in",
+        )
+        self.q_norm = _head_norm(config.qk_norm, config.head_dim)
+        self.k_norm = _head_norm(config.qk_norm, config.head_dim)
+        self.rope = rope
+        sinks = parameter(torch.empty(self.heads)) if config.sinks else None
+        self.register_parameter("sinks", sinks)
+
+    def cache_spec(self, dtype: torch.dtype, page_size: int) -> PagedKV:
+        """What this layer keeps of every token, on this rank."""
+        c = self.config
+        return PagedKV(self.kv_heads, c.head_dim, c.v_head_dim, dtype, c.window, page_size)
+
+    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm, batch: Batch, kv: LayerKV) -> Tensor:
+        """`x` [T, hidden] plus attention of norm(x)."""
+        c = self.config
+        q, k, v = self._heads(self.qkv(x, norm))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            self.rope(q, k, batch.positions)
+        write_kv_(k, v, kv.k, kv.v, batch.slots[kv.group])
+        y = paged_attention(
+            q,
+            kv.k,
+            kv.v,
+            batch.page_tables[kv.group],
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            batch.max_q,
+            softmax_scale=c.softmax_scale,
+            window=c.window,
+            softcap=c.softcap,
+            sinks=self.sinks,
+        )
+        return self.out(y.flatten(1), residual=x)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the rows [T, H·D + Hk·D + Hk·Dv] as heads [T, H, D], [T, Hk, D], [T, Hk, Dv]."""
+        c = self.config
+        widths = [self.heads * c.head_dim, self.kv_heads * c.head_dim]
+        q, k, v = qkv.split([*widths, self.kv_heads * c.v_head_dim], dim=-1)
+        return (
+            q.unflatten(-1, (self.heads, c.head_dim)),
+            k.unflatten(-1, (self.kv_heads, c.head_dim)),
+            v.unflatten(-1, (self.kv_heads, c.v_head_dim)),
+        )
+
+
+def _head_norm(config: NormConfig | None, head_dim: int) -> RMSNorm | LayerNorm | None:
+    return None if config is None else norm(config, head_dim)

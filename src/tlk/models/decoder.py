@@ -1,0 +1,113 @@
+"""The decoder of every family: what differs between them is in `DecoderConfig`.
+
+A layer is eight kernels, ten with q and k norms: norm + qkv, rotation, cache write, attention,
+output + residual, norm + gate and up, activation · up, down + residual. Layer norms, which a
+matmul cannot absorb, and MLPs without a gate trade one for another.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tlk.models.attention import Attention
+from tlk.models.batch import Batch, KVCache, LayerKV, PagedKV
+from tlk.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    GatedMLPConfig,
+    LayerConfig,
+    MLPConfig,
+    RopeConfig,
+)
+from tlk.models.layers import Embedding, Linear, norm
+from tlk.models.mlp import MLP, GatedMLP
+from tlk.models.rope import RotaryEmbedding
+from tlk.quant.format import DENSE, Format
+
+ATTENTIONS = {AttentionConfig: Attention}
+MLPS: Mapping[type, type[GatedMLP] | type[MLP]] = {GatedMLPConfig: GatedMLP, MLPConfig: MLP}
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then an MLP, each on the normalized residual stream and added to it."""
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        hidden_size: int,
+        rope: RotaryEmbedding | None,
+        format: Format = DENSE,
+    ) -> None:
+        super().__init__()
+        self.input_norm = norm(config.input_norm, hidden_size)
+        self.attention = ATTENTIONS[type(config.attention)](
+            config.attention, hidden_size, rope, format
+        )
+        self.post_norm = norm(config.post_norm, hidden_size)
+        self.mlp = MLPS[type(config.mlp)](config.mlp, hidden_size, format)
+
+    def forward(self, x: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
+        """The residual stream `x` [T, hidden] after this layer."""
+        x = self.attention(x, self.input_norm, batch, kv)
+        return self.mlp(x, self.post_norm)
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits out, over a paged cache.
+
+    Tied embeddings are one parameter, `embedding.weight`; then there is no `lm_head`. Build it under
+    `torch.device("meta")` to fill the parameters later. Call `prepare` before a forward.
+    """
+
+    def __init__(self, config: DecoderConfig, format: Format = DENSE) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        ropes = {c: RotaryEmbedding(c) for c in _ropes(config)}
+        self.ropes = nn.ModuleList(ropes.values())
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config.hidden_size, ropes.get(layer.attention.rope), format)
+            for layer in config.layers
+        )
+        self.final_norm = norm(config.final_norm, config.hidden_size)
+        tied = config.tie_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+
+    def prepare(self, length: int) -> None:
+        """Cover positions below `length`, the longest sequence of the coming forward.
+
+        Not for a captured graph: models with dynamic or longrope positions may switch tables here.
+        """
+        for rope in self.ropes:
+            rope.prepare(length, self.embedding.weight.device)
+
+    def cache_specs(self, dtype: torch.dtype, page_size: int = 16) -> list[PagedKV]:
+        """What each layer keeps of every token, in order of layers."""
+        return [layer.attention.cache_spec(dtype, page_size) for layer in self.layers]
+
+    def forward(
+        self, ids: Tensor | None, batch: Batch, cache: KVCache, embeds: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream [T, hidden] before the final norm; writes the step into `cache`.
+
+        `ids` [T] int64, or `embeds` [T, hidden] in their place.
+        """
+        if (ids is None) == (embeds is None):
+            raise ValueError("give either ids or embeds, and not both")
+        x = self.embedding(ids) if embeds is None else embeds
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, batch, kv)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, vocab] of rows `hidden` [R, hidden] of the residual stream."""
+        if self.lm_head is None:
+            return self.embedding.logits(hidden, self.final_norm)
+        return self.lm_head(hidden, self.final_norm)
+
+
+def _ropes(config: DecoderConfig) -> list[RopeConfig]:
+    """The distinct rope configs in order of appearance."""
+    ropes = (layer.attention.rope for layer in config.layers)
+    return list(dict.fromkeys(rope for rope in ropes if rope is not None))
