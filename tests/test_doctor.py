@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tlk import doctor
+from tlk.doctor import check, usable
+from tlk.errors import UnsupportedError
+from tlk.kernels import toolchain, tuning
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("TLK_CACHE_DIR", str(tmp_path / "tlk"))
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine with neither driver nor GPU."""
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU and all it needs; gives what it says of itself."""
+    said = SimpleNamespace(name="NVIDIA H200", sm=90, cuda="13.0")
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "580.95.05")
+    monkeypatch.setattr(torch.version, "cuda", said.cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 4 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: said.name)
+    monkeypatch.setattr(doctor, "sm", lambda device: said.sm)
+    monkeypatch.setattr(tuning, "sm", lambda device: said.sm)
+    monkeypatch.setattr(tuning, "SHIPPED", Path("/nowhere"))
+    monkeypatch.setattr(toolchain, "require_c_compiler", lambda: None)
+    return said
+
+
+def found(name):
+    return next(c for c in check() if c.name == name)
+
+
+def test_without_a_gpu_everything_is_usable_and_said(bare):
+    checks = check()
+    assert usable(checks)
+    assert [c.name for c in checks if c.state == "note"] == ["driver", "GPU"]
+    assert str(found("GPU")).startswith("note  GPU             none: every op runs as its PyTorch")
+
+
+def test_a_complete_gpu_machine_is_usable(gpu):
+    checks = check()
+    assert usable(checks)
+    assert found("GPU").message == "NVIDIA H200, sm_90, 3.0 of 4.0 GiB free"
+    assert found("driver").message == "580.95.05, torch is built for CUDA 13.0"
+    assert "release" in found("ptxas").message
+
+
+def test_a_torch_without_cuda_is_a_fault(bare, monkeypatch):
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "580.95.05")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert found("driver").state == "fault" and "without CUDA" in found("driver").message
+    assert not usable(check())
+
+
+def test_a_driver_too_old_for_torch_is_a_fault(bare, monkeypatch):
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "470.1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert found("driver").state == "fault" and "update the driver" in found("driver").message
+
+
+def test_a_gpu_older_than_turing_is_a_fault(gpu):
+    gpu.sm = 70
+    assert found("GPU").state == "fault" and "need sm_75" in found("GPU").message
+
+
+def test_a_missing_compiler_says_what_to_install(gpu, monkeypatch):
+    def refuse():
+        raise UnsupportedError("apt install gcc")
+
+    monkeypatch.setattr(toolchain, "require_c_compiler", refuse)
+    assert found("C compiler") == doctor.Check("C compiler", "fault", "apt install gcc")
+
+
+def test_a_missing_ptxas_is_a_fault(gpu, monkeypatch):
+    monkeypatch.setattr(toolchain, "ptxas_version", lambda: None)
+    assert found("ptxas").state == "fault"
+
+
+def test_a_missing_package_is_named(bare, monkeypatch):
+    def version(package):
+        if package == "triton":
+            raise doctor.PackageNotFoundError
+        return "1"
+
+    monkeypatch.setattr(doctor, "version", version)
+    assert found("versions").message == "triton is not installed: pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "state", "message"),
+    [
+        ("NVIDIA H200", "ok", "measured on a NVIDIA H200: matmul"),
+        ("NVIDIA H100", "note", "none for NVIDIA H200; those of NVIDIA H100, the same sm_90"),
+        (None, "note", "none for sm_90"),
+    ],
+)
+def test_tables_are_those_of_this_gpu(gpu, tmp_path, device, state, message):
+    if device:
+        entry = {"version": 1, "device": device, "dtype": "bfloat16", "dims": [8, 8], "bucket": 0}
+        path = tmp_path / "tlk/tuned/sm_90/matmul.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps([{**entry, "config": {"backend": "cublas"}}]))
+    assert found("tuned tables").state == state
+    assert found("tuned tables").message.startswith(message)
+
+
+def test_a_cache_that_cannot_be_written_is_a_fault(bare, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TLK_CACHE_DIR", str(tmp_path / "file" / "tlk"))
+    assert (
+        found("tlk's cache").state == "fault"
+        and str(tmp_path / "file") in found("tlk's cache").message
+    )
+
+
+def test_a_full_disk_is_noted(bare, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    assert found("tlk's cache").state == "note" and "nearly full" in found("tlk's cache").message
+
+
+def test_nothing_is_created_by_looking(bare, tmp_path):
+    check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_drivers_version_is_its_first_line(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert doctor._nvidia_smi() == ""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for code, want in ((0, "580.95.05"), (9, "")):
+        answer = SimpleNamespace(returncode=code, stdout="580.95.05\n580.95.05\n")
+        monkeypatch.setattr("subprocess.run", lambda *a, answer=answer, **k: answer)
+        assert doctor._nvidia_smi() == want
