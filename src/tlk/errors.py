@@ -15,3 +15,7 @@ class CheckpointError(TlkError, ValueError):
 
 class CapacityError(TlkError, RuntimeError):
     """A request does not fit the memory or the limits it was given."""
+
+
+class FallbackWarning(UserWarning):
+    """A part of a model runs on PyTorch instead of tlk's kernels; the message says why."""

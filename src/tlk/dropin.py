@@ -1,0 +1,81 @@
+"""Drop-in replacements of transformers' classes: the same constructors, optimized from the start.
+
+    model = tlk.LlamaForCausalLM.from_pretrained(path, dtype="bfloat16", device_map="cuda")
+
+Each is a real subclass of the transformers class of the same name. Loading is strict: safetensors
+only, and a missing, left-over or misshapen key is a CheckpointError.
+"""
+
+from typing import Any
+
+import transformers
+from torch import nn
+
+from tlk.hf.checkpoint import load
+from tlk.hf.execution import Optimized
+from tlk.optimize import optimize
+
+
+class _DropIn(Optimized):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._tlk_base = cls.__mro__[2]  # after the drop-in itself and _DropIn
+        cls._tlk_pickles_as = cls  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' from_pretrained, with its arguments; returns an optimized model.
+
+        Raises CheckpointError for a corrupt, truncated, pickled or mismatching checkpoint.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load(_Loader(super()), path, *args, **kwargs)
+        optimize(model)
+        return (model, info) if wants_info else model
+
+
+class _Loader:
+    """Hands the inherited from_pretrained to `load`, which calls it by that name."""
+
+    def __init__(self, parent: Any) -> None:
+        self.from_pretrained = parent.from_pretrained
+
+
+class LlamaForCausalLM(_DropIn, transformers.LlamaForCausalLM):
+    """transformers.LlamaForCausalLM on tlk's kernels."""
+
+
+class MistralForCausalLM(_DropIn, transformers.MistralForCausalLM):
+    """transformers.MistralForCausalLM on tlk's kernels."""
+
+
+class Qwen2ForCausalLM(_DropIn, transformers.Qwen2ForCausalLM):
+    """transformers.Qwen2ForCausalLM on tlk's kernels."""
+
+
+class Qwen3ForCausalLM(_DropIn, transformers.Qwen3ForCausalLM):
+    """transformers.Qwen3ForCausalLM on tlk's kernels."""
+
+
+class NemotronForCausalLM(_DropIn, transformers.NemotronForCausalLM):
+    """transformers.NemotronForCausalLM on tlk's kernels."""
+
+
+class AutoModelForCausalLM:
+    """Any causal language model of transformers, optimized where tlk knows the family."""
+
+    def __init__(self) -> None:
+        raise TypeError("use AutoModelForCausalLM.from_pretrained(path) or .from_config(config)")
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' from_pretrained, with its arguments; loading is strict as above."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load(transformers.AutoModelForCausalLM, path, *args, **kwargs)
+        optimize(model)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> nn.Module:
+        """As transformers' from_config: random weights; in eval mode, so that tlk runs it."""
+        return optimize(transformers.AutoModelForCausalLM.from_config(config, **kwargs).eval())

@@ -1,0 +1,212 @@
+"""A transformers model and tlk's decoder on the same weights.
+
+Binding makes each fused weight one storage and the model's own parameters views of it, so there is
+no second copy and `state_dict`, `save_pretrained` and the original forward stay valid.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tlk.errors import UnsupportedError
+from tlk.models.decoder import Decoder
+from tlk.models.families import FAMILIES, weight_sources
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A module as it was when bound; anything that changes it sends tlk back to look again."""
+
+    name: str
+    module: nn.Module
+    children: tuple[nn.Module | None, ...]
+    parameters: tuple[tuple[str, nn.Parameter, int], ...]  # name, object, address
+
+    def hooked(self) -> bool:
+        """Whether calling the module would do more than its forward; the root's call is not skipped."""
+        m = self.module
+        return bool(self.name and (m._forward_hooks or m._forward_pre_hooks))
+
+    def changed(self) -> bool:
+        """Whether a child or parameter is another object, or lies elsewhere, than when bound."""
+        m = self.module
+        own = m._parameters
+        return (
+            "forward" in m.__dict__
+            or len(m._modules) != len(self.children)
+            or any(a is not b for a, b in zip(m._modules.values(), self.children, strict=True))
+            or any(own.get(n) is not p or p.data_ptr() != at for n, p, at in self.parameters)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """The decoder built from a model's weights."""
+
+    family: str
+    decoder: Decoder
+    dtype: torch.dtype
+    device: torch.device
+    fused: tuple[tuple[str, ...], ...]  # names of the model's parameters that share a storage
+    watched: tuple[Watched, ...]
+
+    def stale(self) -> bool:
+        """Whether the model's modules or weights are no longer those that were bound."""
+        return any(w.changed() for w in self.watched)
+
+    def hooked(self) -> str | None:
+        """The name of a module with forward hooks, which tlk would not call, or None."""
+        return next((w.name for w in self.watched if w.hooked()), None)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a layer has a sliding window."""
+        return any(layer.attention.window > 0 for layer in self.decoder.config.layers)
+
+
+def bind(model: nn.Module) -> Binding:
+    """Build tlk's decoder on the weights of `model`, fusing them in place.
+
+    Raises UnsupportedError, before anything has changed, naming the module that tlk cannot run.
+    """
+    family_name = _family_of(model)
+    check_modules(model)
+    family = FAMILIES[family_name]
+    config = family.config(model.config.to_dict())
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    sources = weight_sources(family, config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_parameters(decoder, sources, parameters, tied=config.tie_embeddings)
+    some = next(iter(parameters.values()))
+    weights, fused = {}, []
+    for name, parts in sources.items():
+        weights[name] = _one_storage([parameters[p] for p in parts])
+        if len(parts) > 1:
+            fused.append(parts)
+    decoder.load_state_dict(weights, strict=True, assign=True)
+    return Binding(
+        family=family_name,
+        decoder=decoder.eval(),
+        dtype=some.dtype,
+        device=some.device,
+        fused=tuple(fused),
+        watched=tuple(_watch(model)),
+    )
+
+
+def unbind(model: nn.Module, binding: Binding) -> None:
+    """Give every fused parameter of `model` a storage of its own again, one group at a time."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for names in binding.fused:
+        for name in names:
+            if name in parameters:
+                parameters[name].data = parameters[name].data.clone()
+
+
+def check_modules(model: nn.Module) -> None:
+    """Raise UnsupportedError naming the first module whose forward is not transformers' own."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        label = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
+        if "forward" in module.__dict__:
+            raise UnsupportedError(
+                f"{name or 'the model'} has a forward of its own (a hook of accelerate?)"
+            )
+        if name and not kind.__module__.startswith(("transformers.", "torch.nn.modules.")):
+            raise UnsupportedError(f"{label}, which tlk does not know")
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            raise UnsupportedError(f"{name} has forward hooks, which tlk would not call")
+
+
+def _family_of(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    base = getattr(type(model), "_tlk_base", type(model))
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedError(
+            f"{base.__module__}.{base.__qualname__} (model_type {kind!r}) is of no family that tlk knows: {known}"
+        )
+    package = f"transformers.models.{kind}.modeling_{kind}"
+    if base.__module__ != package or not base.__name__.endswith("ForCausalLM"):
+        raise UnsupportedError(
+            f"the model is a {base.__module__}.{base.__qualname__}; of {kind} tlk runs the ...ForCausalLM class of transformers"
+        )
+    return str(kind)
+
+
+def _check_parameters(
+    decoder: Decoder,
+    sources: dict[str, tuple[str, ...]],
+    parameters: dict[str, nn.Parameter],
+    *,
+    tied: bool,
+) -> None:
+    wanted = {name for parts in sources.values() for name in parts}
+    extra = set(parameters) - wanted - ({"lm_head.weight"} if tied else set())
+    if missing := wanted - set(parameters):
+        raise UnsupportedError(f"the model lacks the parameters {sorted(missing)}")
+    if extra:
+        raise UnsupportedError(f"the model has parameters that tlk does not know: {sorted(extra)}")
+    if tied and parameters["lm_head.weight"] is not parameters["model.embed_tokens.weight"]:
+        raise UnsupportedError("lm_head.weight is not tied to the embedding, as the config says")
+    some = parameters["model.embed_tokens.weight"]
+    for name, p in parameters.items():
+        if type(p) is not nn.Parameter or type(p.data) is not Tensor:
+            kind = type(p.data) if type(p) is nn.Parameter else type(p)
+            raise UnsupportedError(f"{name} is a {kind.__name__}, not a plain parameter")
+        if p.dtype not in DTYPES or p.dtype != some.dtype:
+            raise UnsupportedError(
+                f"{name} is {p.dtype}; tlk runs models that are float32, float16 or bfloat16 throughout"
+            )
+        if p.device.type not in ("cpu", "cuda") or p.device != some.device:
+            raise UnsupportedError(
+                f"{name} is on {p.device}; tlk runs models on one CPU or CUDA device"
+            )
+    shapes = decoder.state_dict()
+    for name, parts in sources.items():
+        rows = sum(parameters[p].shape[0] for p in parts)
+        got = (rows, *parameters[parts[0]].shape[1:])
+        if got != tuple(shapes[name].shape):
+            raise UnsupportedError(
+                f"{' + '.join(parts)} has shape {got}, the config says {tuple(shapes[name].shape)}"
+            )
+
+
+def _one_storage(parts: list[nn.Parameter]) -> Tensor:
+    """The parts stacked on dim 0 in one storage, with every part a view of it."""
+    if len(parts) == 1:
+        if not parts[0].is_contiguous():
+            parts[0].data = parts[0].data.contiguous()
+        return parts[0].data
+    first, at = parts[0].data, parts[0].data_ptr()
+    for p in parts:
+        if p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or not (
+            p.is_contiguous() and p.data_ptr() == at
+        ):
+            break
+        at += p.numel() * p.element_size()
+    else:  # bound before, or loaded that way
+        rows = sum(p.shape[0] for p in parts)
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    whole = torch.cat([p.data for p in parts])
+    row = 0
+    for p in parts:
+        p.data = whole[row : row + p.shape[0]]
+        row += p.shape[0]
+    if whole.is_cuda:
+        # the parts' own blocks are too small for the next fused weight: hand them back now, or the
+        # allocator ends up holding gate and up twice
+        torch.cuda.empty_cache()
+    return whole
+
+
+def _watch(model: nn.Module) -> Iterator[Watched]:
+    for name, m in model.named_modules():
+        own = tuple((n, p, p.data_ptr()) for n, p in m._parameters.items() if p is not None)
+        yield Watched(name, m, tuple(m._modules.values()), own)

@@ -1,0 +1,331 @@
+"""How an optimized transformers model runs: tlk's decoder where it can, the original forward else.
+
+`Optimized` is mixed into a subclass of the model's own class, under the same name. It keeps no
+module of its own on the model: `Execution` holds the decoder beside it, and is rebuilt whenever the
+model's weights turn out to have moved (after `.to()`, a deep copy, or unpickling).
+"""
+
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tlk.errors import FallbackWarning, UnsupportedError
+from tlk.hf.binding import Binding, bind, unbind
+from tlk.hf.cache import PagedCache
+from tlk.hf.call import Call, Inexpressible, flatten
+from tlk.kernels._op import count_ops
+
+# arguments of a forward call that change nothing for tlk, and those that only the loss looks at
+IGNORED = frozenset({"cache_position", "return_dict", "output_attentions", "output_hidden_states"})
+LOSS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+
+
+class Execution:
+    """What tlk knows of one optimized model: its decoder, and what ran so far."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.binding: Binding | None = None
+        self.refused: str | None = None  # why the model as a whole cannot be bound
+        self.forwards: Counter[str] = Counter()  # "tlk" and "original"
+        self.generates: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()  # why the original forward ran
+        self.ops: dict[str, Counter[str]] = {}  # of the first prefill and the first decode forward
+
+    def bind(self, model: nn.Module) -> Binding:
+        """The decoder on the current weights of `model`; raises UnsupportedError if it has none."""
+        if self.binding is None or self.binding.stale():
+            self.binding, self.refused = None, None
+            try:
+                self.binding = bind(model)
+            except UnsupportedError as error:
+                self.refused = str(error)
+                raise
+        return self.binding
+
+    def ready(self, model: nn.Module) -> Binding:
+        """As `bind`, but a refusal stands until `optimize` is called again."""
+        if self.refused is not None:
+            raise Inexpressible(self.refused)
+        try:
+            binding = self.bind(model)
+        except UnsupportedError as error:
+            raise Inexpressible(str(error)) from error
+        if hooked := binding.hooked():
+            raise Inexpressible(f"{hooked} has forward hooks, which tlk would not call")
+        return binding
+
+    def release(self, model: nn.Module) -> None:
+        """Undo the binding: every parameter has its own storage again."""
+        if self.binding is not None:
+            unbind(model, self.binding)
+        self.binding, self.refused = None, None
+
+    def note(self, reason: str) -> None:
+        """Record that the original runs, and why; warn the first time, or raise if strict."""
+        if self.strict:
+            raise UnsupportedError(reason)
+        self.reasons[reason] += 1
+        if self.reasons[reason] == 1:
+            warnings.warn(f"tlk runs the original forward: {reason}", FallbackWarning, stacklevel=4)
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Stands on the way back from tlk's outputs, where there is nothing to differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, weight: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "a model optimized by tlk has no backward in eval mode: "
+            "call model.train(), which runs the original forward, or tlk.restore(model)"
+        )
+
+
+class Optimized:
+    """Mixed in before a transformers causal language model's class."""
+
+    _tlk_base: type[nn.Module]  # the class without tlk
+    _tlk_pickles_as: type[nn.Module]  # the importable class to rebuild from
+
+    @property
+    def _execution(self) -> Execution:
+        return self.__dict__.setdefault("_tlk", Execution())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own class: tlk's kernels compute it, or else the original forward does."""
+        state = self._execution
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        if self.training:
+            state.forwards["original"] += 1
+            return self._original_forward(**arguments)
+        try:
+            return _run(self, state, arguments)
+        except Inexpressible as reason:
+            state.note(str(reason))
+        state.forwards["original"] += 1
+        return self._original_forward(**arguments)
+
+    def _original_forward(self, **arguments: Any) -> Any:
+        """transformers' own forward, on the same weights."""
+        cache, mask = arguments["past_key_values"], arguments["attention_mask"]
+        if isinstance(cache, PagedCache) and mask is not None and mask.ndim == 2:
+            cache.expect(mask[:, cache.length :].bool())
+        return self._tlk_base.forward(self, **arguments)  # type: ignore[arg-type]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' generate, with its loop over tlk's forward where that is possible."""
+        state = self._execution
+        cache = None
+        if not self.training:
+            try:
+                cache = _cache_for_generate(self, state, args, kwargs)
+            except Inexpressible as reason:
+                state.note(str(reason))
+        if cache is None:
+            state.generates["original"] += 1
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        state.generates["transformers' loop over tlk's forward"] += 1
+        kwargs["past_key_values"] = cache
+        cache.trusted = True
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            cache.trusted = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the weights, then bind again: moved views would be copies apart from each other."""
+        state = self._execution
+        bound, state.binding = state.binding is not None, None
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        state.refused = None
+        if bound:
+            try:
+                state.bind(self)  # type: ignore[arg-type]
+            except UnsupportedError as error:
+                state.note(str(error))
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {k: v for k, v in self.__dict__.items() if k != "_tlk"}
+        return _rebuild, (self._tlk_pickles_as, self._execution.strict), state
+
+
+def _rebuild(kind: type[nn.Module], strict: bool) -> nn.Module:
+    cls = optimized_class(kind)
+    model = cls.__new__(cls)
+    model.__dict__["_tlk"] = Execution(strict=strict)
+    return model
+
+
+@lru_cache
+def optimized_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that runs on tlk, under the same name; `base` itself if it does."""
+    if issubclass(base, Optimized):
+        return base
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    cls = type(base.__name__, (Optimized, base), names)
+    cls._tlk_base = cls._tlk_pickles_as = base  # type: ignore[attr-defined]
+    return cls
+
+
+@torch.compiler.disable
+def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
+    cache = arguments["past_key_values"]
+    if isinstance(cache, PagedCache) and cache.trusted and cache.length and state.binding:
+        binding = state.binding
+    else:
+        binding = state.ready(model)
+    arguments = _checked(model, arguments)
+    cache = cache if cache is not None else PagedCache(_specs(binding), binding.device)
+    labels, embeds = arguments["labels"], arguments["inputs_embeds"]
+    with torch.no_grad():
+        call = flatten(
+            arguments["input_ids"], embeds, arguments["attention_mask"],
+            arguments["position_ids"], arguments["logits_to_keep"], cache,
+            windowed=binding.windowed,
+        )  # fmt: skip
+        kind = "decode" if call.batch.max_q == 1 and cache.length else "prefill"
+        with nullcontext() if kind in state.ops else count_ops() as counts:
+            logits = _compute(binding, call, cache)
+        if counts is not None:
+            state.ops[kind] = counts
+        cache.advance(call.new, call.batch.max_q)
+    state.forwards["tlk"] += 1
+    if torch.is_grad_enabled() and (weight := _needs_grad(model, embeds)) is not None:
+        logits = _InferenceOnly.apply(logits, weight)
+    loss = None
+    if labels is not None:
+        extra = {k: v for k, v in arguments.items() if k in LOSS and v is not None}
+        loss = model.loss_function(
+            logits=logits, labels=labels, vocab_size=model.config.vocab_size, **extra
+        )
+    wanted = arguments["use_cache"] or arguments["past_key_values"] is not None
+    out = CausalLMOutputWithPast(
+        loss=loss, logits=logits, past_key_values=cache if wanted else None
+    )
+    return out if arguments["return_dict"] else out.to_tuple()
+
+
+def _compute(binding: Binding, call: Call, cache: PagedCache) -> Tensor:
+    assert cache.kv is not None
+    decoder = binding.decoder
+    decoder.prepare(call.length)
+    hidden = decoder(call.ids, call.batch, cache.kv, embeds=call.embeds)
+    rows = call.batch.logit_rows
+    return call.layout(decoder.logits(hidden if rows is None else hidden[rows]))
+
+
+def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with transformers' defaults filled in; raises for what tlk cannot express."""
+    a, config = dict(arguments), model.config
+    ids, embeds, cache = a["input_ids"], a["inputs_embeds"], a["past_key_values"]
+    if (ids is None) == (embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    inputs = ids if ids is not None else embeds
+    if inputs.ndim != (2 if ids is not None else 3):
+        raise ValueError(
+            f"inputs must have shape [B, q] or [B, q, hidden], got {tuple(inputs.shape)}"
+        )
+    if inputs.shape[1] == 0:
+        raise ValueError(f"inputs must hold at least one token, got shape {tuple(inputs.shape)}")
+    if cache is not None and not isinstance(cache, PagedCache):
+        raise Inexpressible(f"past_key_values is a {type(cache).__name__}, not tlk's PagedCache")
+    if isinstance(cache, PagedCache) and cache.specs != tuple(_specs(model._execution.binding)):
+        raise ValueError("past_key_values is the cache of another model")
+    for name in ("output_attentions", "output_hidden_states"):
+        wanted = a.get(name)
+        if getattr(config, name, False) if wanted is None else wanted:
+            raise Inexpressible(f"{name} needs the modules of transformers")
+    known = IGNORED | (LOSS if a["labels"] is not None else frozenset())
+    for name in set(a) - _NAMED - known:
+        if a[name] is not None:
+            raise Inexpressible(f"the argument {name}")
+    if inputs.device != model._execution.binding.device:
+        raise ValueError(
+            f"inputs must be on {model._execution.binding.device} like the model, got {inputs.device}"
+        )
+    if a["use_cache"] is None:
+        a["use_cache"] = getattr(config, "use_cache", True)
+    if a.get("return_dict") is None:
+        a["return_dict"] = getattr(config, "return_dict", True)
+    return a
+
+
+_NAMED = frozenset(
+    "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep".split()
+)
+
+
+def _specs(binding: Binding | None) -> Any:
+    assert binding is not None
+    return binding.decoder.cache_specs(binding.dtype)
+
+
+def _needs_grad(model: Any, embeds: Tensor | None) -> Tensor | None:
+    if embeds is not None and embeds.requires_grad:
+        return embeds
+    return next((p for p in model.parameters() if p.requires_grad), None)
+
+
+def _cache_for_generate(
+    model: Any, state: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PagedCache | None:
+    """The cache under which transformers' loop runs over tlk's forward; None: as it would anyway."""
+    binding = state.ready(model)
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    config = config or model.generation_config
+
+    def option(name: str) -> Any:
+        return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+    given = kwargs.get("past_key_values")
+    if given is not None and not isinstance(given, PagedCache):
+        raise Inexpressible(f"past_key_values is a {type(given).__name__}, not tlk's PagedCache")
+    if (name := option("cache_implementation")) not in (None, "dynamic"):
+        raise Inexpressible(f"cache_implementation={name!r}")
+    if isinstance(kwargs.get("custom_generate"), str):
+        raise Inexpressible("custom_generate names code of a repository")
+    for name in ("output_attentions", "output_hidden_states"):
+        if option(name):
+            raise Inexpressible(f"{name} needs the modules of transformers")
+    if given is not None:
+        return given
+    if option("use_cache") is False:
+        return None
+    return PagedCache(_specs(binding), binding.device)

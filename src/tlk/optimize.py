@@ -1,0 +1,139 @@
+"""`optimize`, `restore` and `report`: put a transformers model on tlk's kernels, and see what ran."""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tlk.errors import UnsupportedError
+from tlk.hf.execution import Execution, Optimized, optimized_class
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def optimize(model: M, *, strict: bool = False) -> M:
+    """Run `model`, a causal language model of transformers, on tlk's kernels; returns the same object.
+
+    `model` keeps its class name, its parameters and their names; weights that one matmul reads become
+    views of one storage. forward() and generate() run on tlk wherever it can express the call and on
+    transformers' own code elsewhere: with a FallbackWarning the first time, and the reason in
+    `report(model)`. In training mode the original forward runs.
+
+    strict: raise UnsupportedError, now or at a later call, where the original forward would run.
+
+    Raises TypeError if `model` is no torch module. A model of an unknown family is returned as it came.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, Optimized):
+        return _first_time(model, strict)
+    state = model._execution
+    state.strict, state.refused = strict, None
+    _bind(model, state)
+    return model
+
+
+def _first_time(model: M, strict: bool) -> M:
+    state = Execution(strict=strict)
+    _bind(model, state)
+    model.__dict__["_tlk"] = state
+    if state.binding is not None:
+        model.__class__ = optimized_class(type(model))
+    return model
+
+
+def _bind(model: nn.Module, state: Execution) -> None:
+    try:
+        state.bind(model)
+    except UnsupportedError as error:
+        state.note(str(error))
+
+
+def restore(model: M) -> M:
+    """Undo `optimize`: the original class, and a storage of its own for every parameter.
+
+    Returns the same object; a model that was not optimized is left as it is.
+    """
+    if (state := model.__dict__.get("_tlk")) is None:
+        return model
+    state.release(model)
+    if isinstance(model, Optimized):
+        model.__class__ = type(model)._tlk_base
+    del model.__dict__["_tlk"]
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ran, as counted while it ran.
+
+    ops: tlk's ops in one prefill and one decode forward, "name[what ran it]" to how often; what ran
+    it is "triton", a library such as "cublas", or "reference" (plain PyTorch, on a CPU).
+    forwards, generates: how often each path ran so far. reasons: why transformers' own code ran.
+    """
+
+    model: str
+    family: str | None
+    device: str
+    dtype: str
+    refused: str | None
+    ops: dict[str, dict[str, int]] = field(default_factory=dict)
+    forwards: dict[str, int] = field(default_factory=dict)
+    generates: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dictionaries, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} on {self.device} in {self.dtype}"]
+        if self.refused is not None:
+            lines.append(f"  runs as transformers wrote it: {self.refused}")
+        for kind, ops in self.ops.items():
+            lines.append(f"  one {kind} forward: {sum(ops.values())} tlk ops")
+            lines += [f"    {count:5d} × {name}" for name, count in sorted(ops.items())]
+        for what, counts in (("forward", self.forwards), ("generate", self.generates)):
+            lines += [f"  {what} calls on {path}: {n}" for path, n in sorted(counts.items())]
+        if self.reasons:
+            lines.append("  left to transformers:")
+            lines += [f"    {n} × {reason}" for reason, n in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Which kernels the forwards of `model` run, and what was left to transformers, and why.
+
+    The counts are taken from the first prefill and the first decode forward; if the model has not
+    run yet, a forward of a few tokens is made now to take them.
+    """
+    state = model.__dict__.get("_tlk")
+    if state is None:
+        raise ValueError("model must come from tlk.optimize, this one does not")
+    if isinstance(model, Optimized) and not model.training:
+        _probe(model, state)
+    some = next(model.parameters(), torch.empty(0))
+    return Report(
+        model=type(model).__name__,
+        family=state.binding.family if state.binding else None,
+        device=str(some.device),
+        dtype=str(some.dtype).removeprefix("torch."),
+        refused=state.refused,
+        ops={kind: dict(counts) for kind, counts in state.ops.items()},
+        forwards=dict(state.forwards),
+        generates=dict(state.generates),
+        reasons=dict(state.reasons),
+    )
+
+
+def _probe(model: Any, state: Execution) -> None:
+    """Run what has not been counted yet: a prefill of four tokens, and a decode step after it."""
+    if state.refused is not None or {"prefill", "decode"} <= set(state.ops):
+        return
+    before = state.forwards.copy()
+    ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, return_dict=True).past_key_values
+        model(ids[:, :1], past_key_values=cache, return_dict=True)
+    state.forwards = before
