@@ -19,6 +19,8 @@ class Attention(nn.Module):
     With several ranks, each holds its share of the query and key heads.
     """
 
+    sinks: nn.Parameter | None
+
     def __init__(
         self,
         config: AttentionConfig,

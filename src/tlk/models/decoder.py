@@ -5,7 +5,8 @@ output + residual, norm + gate and up, activation · up, down + residual. Layer 
 matmul cannot absorb, and MLPs without a gate trade one for another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tlk.models.rope import RotaryEmbedding
 from tlk.quant.format import DENSE, Format
 
 ATTENTIONS = {AttentionConfig: Attention}
-MLPS: Mapping[type, type[GatedMLP] | type[MLP]] = {GatedMLPConfig: GatedMLP, MLPConfig: MLP}
+MLPS: dict[type, Callable[..., GatedMLP | MLP]] = {GatedMLPConfig: GatedMLP, MLPConfig: MLP}
 
 
 class DecoderLayer(nn.Module):
@@ -64,7 +65,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        ropes = {c: RotaryEmbedding(c) for c in _ropes(config)}
+        ropes: dict[RopeConfig | None, RotaryEmbedding] = {
+            c: RotaryEmbedding(c) for c in _ropes(config)
+        }
         self.ropes = nn.ModuleList(ropes.values())
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config.hidden_size, ropes.get(layer.attention.rope), format)
@@ -79,12 +82,13 @@ class Decoder(nn.Module):
 
         Not for a captured graph: models with dynamic or longrope positions may switch tables here.
         """
-        for rope in self.ropes:
+        for rope in cast(Iterable[RotaryEmbedding], self.ropes):
             rope.prepare(length, self.embedding.weight.device)
 
     def cache_specs(self, dtype: torch.dtype, page_size: int = 16) -> list[PagedKV]:
         """What each layer keeps of every token, in order of layers."""
-        return [layer.attention.cache_spec(dtype, page_size) for layer in self.layers]
+        layers = cast(Iterable[DecoderLayer], self.layers)
+        return [layer.attention.cache_spec(dtype, page_size) for layer in layers]
 
     def forward(
         self, ids: Tensor | None, batch: Batch, cache: KVCache, embeds: Tensor | None = None

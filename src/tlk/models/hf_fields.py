@@ -102,7 +102,8 @@ def rope(hf: Fields, head_dim: int, partial: float | None = None) -> RopeConfig:
         raise unsupported("rope_type", kind, ", ".join(_ROPE_KINDS))
     if kind in ("linear", "dynamic", "llama3") and p.get("factor") is None:
         raise CheckpointError(f"rope_type {kind} has no factor")
-    fraction = p.get("partial_rotary_factor", hf.get("partial_rotary_factor", partial or 1.0))
+    default = 1.0 if partial is None else partial
+    fraction = float(p.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or default)
     if partial is None and fraction != 1.0:
         raise unsupported("partial_rotary_factor", fraction, "1.0")
     original = hf.get("original_max_position_embeddings") or p.get(

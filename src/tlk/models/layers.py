@@ -36,6 +36,8 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / std · (weight + weight_offset) + bias over the last dimension."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, size: int, eps: float, weight_offset: float = 0.0, bias: bool = True
     ) -> None:
