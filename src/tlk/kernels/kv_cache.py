@@ -76,9 +76,10 @@ def _write_kv_kernel(
 
 
 def default_config(heads: int, d: int) -> tuple[int, int]:
-    """Heads per program and warps: 8 elements a thread, up to 2048 a program."""
+    """Heads per program and warps: 8 elements a thread, 256 to 2048 a program."""
     block_d = triton.next_power_of_2(d)
     block_heads = min(max(2048 // block_d, 1), triton.next_power_of_2(heads))
+    block_heads = max(block_heads, 256 // block_d)  # a warp of 16-byte loads, padded if need be
     return block_heads, min(max(block_heads * block_d // 256, 1), 8)
 
 

@@ -97,6 +97,7 @@ def default_config(heads: int, half: int) -> tuple[int, int, int]:
     """Heads and pairs per program, and warps: 8 pairs a thread, two 16-byte loads in 16 bits."""
     block_half = triton.next_power_of_2(half)
     block_heads = min(max(1024 // block_half, 1), triton.next_power_of_2(heads))
+    block_heads = max(block_heads, 256 // block_half)  # a warp of 16-byte loads, padded if need be
     return block_heads, block_half, min(max(block_heads * block_half // 256, 1), 4)
 
 
