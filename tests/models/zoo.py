@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tlk.kernels._op import count_ops
 from tlk.models.batch import Batch, KVCache, PagedKV, group_specs
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, load_weights, weight_sources
@@ -133,3 +134,55 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
     """The largest difference over the largest expected logit."""
     a, e = torch.cat(list(actual)).float().cpu(), torch.cat(list(expected)).float().cpu()
     return ((a - e).abs().max() / e.abs().max()).item()
+
+
+# three sequences: chunked prefill beside decode, a sequence of one token, a chunk across pages
+SEQUENCES = (17, 1, 9)
+STEPS = [[(0, 7), (2, 8)], [(2, 1), (0, 8), (1, 1)], [(0, 1)], [(0, 1)]]
+WHOLE = [[(0, 17)], [(1, 1), (2, 9)]]
+
+
+def random_ids(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    vocab = model.config.vocab_size
+    return [torch.randint(0, vocab, (n,), generator=generator) for n in SEQUENCES]
+
+
+def assert_float32_agrees(model: PreTrainedModel) -> None:
+    """Prefill at once, and in chunks with decode through shuffled pages: 1e-4 of transformers."""
+    ids = random_ids(model)
+    expected, decoder = transformers_logits(model, ids), decoder_of(model)
+    assert relative_error(paged_logits(decoder, ids, WHOLE, page_size=16), expected) < 1e-4
+    assert relative_error(paged_logits(decoder, ids, STEPS, padding=3), expected) < 1e-4
+
+
+def assert_bfloat16_agrees(model: PreTrainedModel) -> None:
+    """In bfloat16 at most twice as far from float32 as transformers, on average over the logits."""
+    frequencies = {n: b.clone() for n, b in model.named_buffers() if n.endswith("inv_freq")}
+    model = model.to(torch.bfloat16)
+    ids, like_loaded = random_ids(model), dict(model.named_buffers())
+    for name, buffer in frequencies.items():  # from_pretrained keeps them in float32
+        like_loaded[name].data = buffer
+    theirs = torch.cat(transformers_logits(model, ids)).float()
+    decoder = decoder_of(model, torch.bfloat16)
+    ours = torch.cat(paged_logits(decoder, ids, STEPS, padding=3)).float()
+    exact = torch.cat(transformers_logits(model.float(), ids))
+    error, budget = (ours - exact).norm(), (theirs - exact).norm()
+    assert error <= 2 * budget, f"error {error:.3g}, transformers' own {budget:.3g}"
+    assert budget > 0
+
+
+def forward_counts(model: PreTrainedModel) -> dict[str, int]:
+    """The tlk ops of one forward and its logits, by name, whatever runs them."""
+    ids = random_ids(model)
+    with count_ops() as counts:
+        paged_logits(decoder_of(model), ids, [[(0, 17), (1, 1), (2, 9)]])
+    return {name.partition("[")[0]: n for name, n in counts.items()}
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: a tied head is not saved."""
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state
