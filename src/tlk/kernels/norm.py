@@ -71,6 +71,12 @@ def layer_norm_reference(
 
 
 @triton.jit
+def _row_start(row, inner, outer_stride, inner_stride):
+    # divided in 32 bits, where that is quick, and multiplied in 64
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
 def _load(x_ptr, x_offsets, residual_ptr, sum_offsets, mask):
     x = tl.load(x_ptr + x_offsets, mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -99,9 +105,7 @@ def _norm_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < n_rows)[:, None] & (cols < N)
-    starts = (rows // inner).to(tl.int64) * outer_stride + (rows % inner).to(
-        tl.int64
-    ) * inner_stride
+    starts = _row_start(rows, inner, outer_stride, inner_stride)
     offsets = rows.to(tl.int64)[:, None] * N + cols
     x = _load(x_ptr, (starts * UNIT)[:, None] + cols, residual_ptr, offsets, mask)  # [ROWS, BLOCK]
     if sum_ptr is not None:
@@ -119,8 +123,8 @@ def _norm_loop_kernel(
     inner, outer_stride, inner_stride, eps, weight_offset,
     N: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    start = _row_start(tl.program_id(0), inner, outer_stride, inner_stride) * UNIT
     row = tl.program_id(0).to(tl.int64)
-    start = (row // inner * outer_stride + row % inner * inner_stride) * UNIT
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     if CENTER:
