@@ -1,0 +1,113 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.demo.tiny import save_tiny
+from tlk import __version__, cli
+from tlk.cli import main
+from tlk.doctor import Check
+from tlk.errors import UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def test_demo_compares_prints_and_writes(model, tmp_path, capsys):
+    file = tmp_path / "demo.json"
+    command = ["demo", "--model", model, "--prompt", "def f", "--max-new-tokens", "4"]
+    assert main([*command, "--device", "cpu", "--json", str(file)]) == 0
+    values = json.loads(file.read_text())
+    assert values["prompt"] == "def f" and len(values["tokens"]) == 4 and values["matched"]
+    assert "4 new, the same from both" in capsys.readouterr().out
+
+
+def test_demo_fails_if_the_tokens_differ(monkeypatch, capsys):
+    result = SimpleNamespace(matched=False)
+    monkeypatch.setattr(cli.compare, "compare", lambda *a, **k: result)
+    assert main(["demo"]) == 1
+    assert "matched=False" in capsys.readouterr().out
+
+
+def test_generate_streams_text(model, capsys):
+    assert main(["generate", model, "def f", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("def f")
+
+
+def test_generate_hands_on_every_option(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli.generate, "stream", lambda *a, **k: seen.update(k, a=a))
+    options = "--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --dtype float16"
+    assert main(["generate", "m", "p", *options.split()]) == 0
+    assert seen == {
+        "a": ("m", "p"),
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "seed": 3,
+        "dtype": "float16",
+        "device": "auto",
+    }
+
+
+def test_verify_prints_the_differences(model, capsys):
+    assert main(["verify", model, "--device", "cpu"]) == 0
+    assert "top-1 agreement 100.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("state", "status"), [("ok", 0), ("note", 0), ("fault", 1)])
+def test_doctor_fails_on_a_fault(monkeypatch, capsys, state, status):
+    monkeypatch.setattr(cli.doctor, "check", lambda: [Check("GPU", state, "said")])
+    assert main(["doctor"]) == status
+    assert capsys.readouterr().out.split() == [state, "GPU", "said"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UnsupportedError("no kernel\n  for it"), 1, "tlk: no kernel for it\n"),
+        (OSError("no such repository"), 1, "tlk: no such repository\n"),
+        (ValueError("top_k must be 1"), 2, "tlk: top_k must be 1\n"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(monkeypatch, capsys, error, status, line):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli.generate, "stream", fail)
+    assert main(["generate", "m", "p"]) == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli.generate, "stream", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["generate", "m", "p"])
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["generate", "/no/such/folder", "x"], 1), (["generate", "MODEL", ""], 2)],
+)
+def test_bad_input_from_the_outside(model, capsys, command, status):
+    assert main([model if c == "MODEL" else c for c in command]) == status
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tlk: ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"tlk {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["demo", "--device", "tpu"]])
+def test_a_command_line_that_does_not_parse(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
