@@ -19,7 +19,8 @@ from tlk.optimize import optimize
 class _DropIn(Optimized):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._tlk_base = cls.__mro__[2]  # after the drop-in itself and _DropIn
+        base: Any = next(c for c in cls.__mro__ if not issubclass(c, Optimized))
+        cls._tlk_base = base
         cls._tlk_pickles_as = cls  # type: ignore[assignment]
 
     @classmethod

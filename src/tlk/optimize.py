@@ -39,7 +39,8 @@ def _first_time(model: M, strict: bool) -> M:
     _bind(model, state)
     model.__dict__["_tlk"] = state
     if state.binding is not None:
-        model.__class__ = optimized_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = optimized_class(kind)
     return model
 
 

@@ -6,6 +6,7 @@ no second copy and `state_dict`, `save_pretrained` and the original forward stay
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ class Watched:
 
     def hooked(self) -> bool:
         """Whether calling the module would do more than its forward; the root's call is not skipped."""
-        m = self.module
-        return bool(self.name and (m._forward_hooks or m._forward_pre_hooks))
+        return bool(self.name) and _has_hooks(self.module)
 
     def changed(self) -> bool:
         """Whether a child or parameter is another object, or lies elsewhere, than when bound."""
@@ -76,7 +76,8 @@ def bind(model: nn.Module) -> Binding:
     family_name = _family_of(model)
     check_modules(model)
     family = FAMILIES[family_name]
-    config = family.config(model.config.to_dict())
+    hf: Any = model.config
+    config = family.config(hf.to_dict())
     with torch.device("meta"):
         decoder = Decoder(config)
     sources = weight_sources(family, config)
@@ -119,8 +120,16 @@ def check_modules(model: nn.Module) -> None:
             )
         if name and not kind.__module__.startswith(("transformers.", "torch.nn.modules.")):
             raise UnsupportedError(f"{label}, which tlk does not know")
-        if name and (module._forward_hooks or module._forward_pre_hooks):
+        if name and _has_hooks(module):
             raise UnsupportedError(f"{name} has forward hooks, which tlk would not call")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks would be missed; transformers' own do nothing unless it asks them to."""
+    own = "transformers.utils.output_capturing"
+    return bool(module._forward_pre_hooks) or any(
+        hook.__module__ != own for hook in module._forward_hooks.values()
+    )
 
 
 def _family_of(model: nn.Module) -> str:
@@ -153,9 +162,10 @@ def _check_parameters(
         raise UnsupportedError(f"the model lacks the parameters {sorted(missing)}")
     if extra:
         raise UnsupportedError(f"the model has parameters that tlk does not know: {sorted(extra)}")
-    if tied and parameters["lm_head.weight"] is not parameters["model.embed_tokens.weight"]:
+    embedding = parameters["model.embed_tokens.weight"]
+    if tied and parameters["lm_head.weight"].data_ptr() != embedding.data_ptr():
         raise UnsupportedError("lm_head.weight is not tied to the embedding, as the config says")
-    some = parameters["model.embed_tokens.weight"]
+    some = embedding
     for name, p in parameters.items():
         if type(p) is not nn.Parameter or type(p.data) is not Tensor:
             kind = type(p.data) if type(p) is nn.Parameter else type(p)

@@ -72,7 +72,7 @@ def flatten(
     slots = cache.slots_of(new, count)
     row = None  # [B, q]: the flat row of each token
     if new is None:
-        flat = slice(None)
+        flat: Tensor | slice = slice(None)
         q_lens = torch.full((sequences,), count, dtype=torch.int32, device=inputs.device)
     else:
         flat = new.flatten().nonzero().squeeze(1)

@@ -21,8 +21,13 @@ from tlk.hf.cache import PagedCache
 from tlk.hf.call import Call, Inexpressible, flatten
 from tlk.kernels._op import count_ops
 
+ORIGINAL, LOOP = "original", "transformers' loop over tlk's forward"  # the tiers of generate
 # arguments of a forward call that change nothing for tlk, and those that only the loss looks at
 IGNORED = frozenset({"cache_position", "return_dict", "output_attentions", "output_hidden_states"})
+NAMED = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    | {"labels", "use_cache", "logits_to_keep"}
+)
 LOSS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
@@ -31,6 +36,7 @@ class Execution:
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
+        self.original_only = False  # inside a generate that the original runs
         self.binding: Binding | None = None
         self.refused: str | None = None  # why the model as a whole cannot be bound
         self.forwards: Counter[str] = Counter()  # "tlk" and "original"
@@ -95,6 +101,7 @@ class _InferenceOnly(torch.autograd.Function):
 class Optimized:
     """Mixed in before a transformers causal language model's class."""
 
+    training: bool
     _tlk_base: type[nn.Module]  # the class without tlk
     _tlk_pickles_as: type[nn.Module]  # the importable class to rebuild from
 
@@ -127,13 +134,11 @@ class Optimized:
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
-        if self.training:
-            state.forwards["original"] += 1
-            return self._original_forward(**arguments)
-        try:
-            return _run(self, state, arguments)
-        except Inexpressible as reason:
-            state.note(str(reason))
+        if not (self.training or state.original_only):
+            try:
+                return _run(self, state, arguments)
+            except Inexpressible as reason:
+                state.note(str(reason))
         state.forwards["original"] += 1
         return self._original_forward(**arguments)
 
@@ -142,27 +147,28 @@ class Optimized:
         cache, mask = arguments["past_key_values"], arguments["attention_mask"]
         if isinstance(cache, PagedCache) and mask is not None and mask.ndim == 2:
             cache.expect(mask[:, cache.length :].bool())
-        return self._tlk_base.forward(self, **arguments)  # type: ignore[arg-type]
+        return self._tlk_base.forward(self, **arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate, with its loop over tlk's forward where that is possible."""
         state = self._execution
-        cache = None
+        tier, cache = ORIGINAL, None
         if not self.training:
             try:
                 cache = _cache_for_generate(self, state, args, kwargs)
+                tier = LOOP
             except Inexpressible as reason:
                 state.note(str(reason))
-        if cache is None:
-            state.generates["original"] += 1
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        state.generates["transformers' loop over tlk's forward"] += 1
-        kwargs["past_key_values"] = cache
-        cache.trusted = True
+        state.generates[tier] += 1
+        outer, state.original_only = state.original_only, tier == ORIGINAL
+        if cache is not None:
+            kwargs["past_key_values"], cache.trusted = cache, True
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            cache.trusted = False
+            state.original_only = outer
+            if cache is not None:
+                cache.trusted = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the weights, then bind again: moved views would be copies apart from each other."""
@@ -182,7 +188,7 @@ class Optimized:
         return _rebuild, (self._tlk_pickles_as, self._execution.strict), state
 
 
-def _rebuild(kind: type[nn.Module], strict: bool) -> nn.Module:
+def _rebuild(kind: Any, strict: bool) -> Any:
     cls = optimized_class(kind)
     model = cls.__new__(cls)
     model.__dict__["_tlk"] = Execution(strict=strict)
@@ -190,8 +196,8 @@ def _rebuild(kind: type[nn.Module], strict: bool) -> nn.Module:
 
 
 @lru_cache
-def optimized_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs on tlk, under the same name; `base` itself if it does."""
+def optimized_class(base: Any) -> Any:
+    """The subclass of class `base` that runs on tlk, under the same name; `base` itself if it does."""
     if issubclass(base, Optimized):
         return base
     names = {
@@ -199,12 +205,12 @@ def optimized_class(base: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    cls = type(base.__name__, (Optimized, base), names)
-    cls._tlk_base = cls._tlk_pickles_as = base  # type: ignore[attr-defined]
+    cls: Any = type(base.__name__, (Optimized, base), names)
+    cls._tlk_base = cls._tlk_pickles_as = base
     return cls
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
     cache = arguments["past_key_values"]
     if isinstance(cache, PagedCache) and cache.trusted and cache.length and state.binding:
@@ -222,13 +228,14 @@ def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
         )  # fmt: skip
         kind = "decode" if call.batch.max_q == 1 and cache.length else "prefill"
         with nullcontext() if kind in state.ops else count_ops() as counts:
-            logits = _compute(binding, call, cache)
+            rows = _compute(binding, call, cache)
         if counts is not None:
             state.ops[kind] = counts
         cache.advance(call.new, call.batch.max_q)
     state.forwards["tlk"] += 1
     if torch.is_grad_enabled() and (weight := _needs_grad(model, embeds)) is not None:
-        logits = _InferenceOnly.apply(logits, weight)
+        rows = _InferenceOnly.apply(rows, weight)
+    logits = call.layout(rows)
     loss = None
     if labels is not None:
         extra = {k: v for k, v in arguments.items() if k in LOSS and v is not None}
@@ -248,7 +255,7 @@ def _compute(binding: Binding, call: Call, cache: PagedCache) -> Tensor:
     decoder.prepare(call.length)
     hidden = decoder(call.ids, call.batch, cache.kv, embeds=call.embeds)
     rows = call.batch.logit_rows
-    return call.layout(decoder.logits(hidden if rows is None else hidden[rows]))
+    return decoder.logits(hidden if rows is None else hidden[rows])
 
 
 def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -270,10 +277,11 @@ def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("past_key_values is the cache of another model")
     for name in ("output_attentions", "output_hidden_states"):
         wanted = a.get(name)
-        if getattr(config, name, False) if wanted is None else wanted:
+        wanted = getattr(config, name, None) if wanted is None else wanted
+        if wanted is not None and wanted is not False:  # 0 names the first hidden state
             raise Inexpressible(f"{name} needs the modules of transformers")
     known = IGNORED | (LOSS if a["labels"] is not None else frozenset())
-    for name in set(a) - _NAMED - known:
+    for name in set(a) - NAMED - known:
         if a[name] is not None:
             raise Inexpressible(f"the argument {name}")
     if inputs.device != model._execution.binding.device:
@@ -285,11 +293,6 @@ def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if a.get("return_dict") is None:
         a["return_dict"] = getattr(config, "return_dict", True)
     return a
-
-
-_NAMED = frozenset(
-    "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep".split()
-)
 
 
 def _specs(binding: Binding | None) -> Any:

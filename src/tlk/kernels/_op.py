@@ -83,11 +83,11 @@ class count_ops(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __enter__(self) -> Counter[str]:  # type: ignore[override]
+    def __enter__(self) -> Counter[str]:
         super().__enter__()
         return self.counts
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "tlk":
             name = func._schema.name.removeprefix("tlk::")
