@@ -1,0 +1,398 @@
+"""Choose the next token: penalties, temperature, top-k, top-p, min-p, the draw, and log-probabilities.
+
+    kept = { v : x[v] >= threshold(top-k, then top-p among what is left, then min-p) }
+    token = argmax over kept of  x[v] / temperature + g[v]
+
+The draw is Gumbel-max (Gumbel 1954; Maddison et al., https://arxiv.org/abs/1411.0030): with g Gumbel
+noise the winner has the softmax distribution over what is kept. g depends on the request's seed and
+offset and on v only (`_philox.py`), so a request draws the same tokens alone or in any batch, and the
+reference draws what the kernel draws, unless two scores are equal to some 1e-6.
+
+The filters come in the order of vLLM and transformers and keep all tokens that equal a threshold
+(`_threshold.py`). NaN counts as -inf, +inf as the largest float32. A row without any logit above -inf
+gives token 0 and log-probability -inf.
+
+Plan of `sample`, one program per row and no sort: one pass keeps the four largest values of each lane
+in registers, where usual thresholds are found and the token is drawn; a second one, from L2, takes the
+log-sum-exp. S·V·itemsize bytes from memory, about 40 instructions per logit. Rows that keep more than
+the registers hold cost a few passes more, and the draw 60 instructions per logit.
+`apply_penalties_` moves 13·S·V bytes, `top_logprobs` S·V·itemsize.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tlk.kernels._check import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+)
+from tlk.kernels._op import op
+from tlk.kernels._philox import QUARTER, gumbel, gumbel_reference, philox
+from tlk.kernels._threshold import (
+    LOWEST,
+    cleaned,
+    key_of,
+    lane_search,
+    lane_sum,
+    lane_top,
+    load_row,
+    row_mass,
+    row_search,
+    threshold_reference,
+    value_of,
+)
+
+
+def sample_reference(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x = cleaned(logits)
+    t = threshold_reference(logits, temperature, top_k, top_p, min_p)
+    inverse = 1 / temperature[:, None].clamp(1e-30, 1e30)
+    score = (x - x.amax(-1, keepdim=True)) * inverse + gumbel_reference(seeds, offsets, x.shape[-1])
+    drawn = torch.where(x >= t[:, None], score, -torch.inf).argmax(-1)
+    tokens = torch.where(temperature > 0, drawn, x.argmax(-1))
+    return tokens, _token_logprobs(x, tokens)
+
+
+def apply_penalties_reference(
+    logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor,
+) -> None:  # fmt: skip
+    repetition, output = repetition[:, None], output_counts > 0
+    x = torch.where(logits > 0, logits / repetition, logits * repetition)
+    x = torch.where(prompt_mask | output, x, logits)
+    logits.copy_(x - (presence[:, None] * output + frequency[:, None] * output_counts))
+
+
+def top_logprobs_reference(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = cleaned(logits)
+    values, ids = x.sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :n], ids[:, :n]
+    lse = x.logsumexp(-1, keepdim=True)
+    logprobs = torch.where(values > -torch.inf, values - lse, -torch.inf)
+    return _token_logprobs(x, tokens), torch.where(values > -torch.inf, ids, -1), logprobs
+
+
+def _token_logprobs(x: Tensor, tokens: Tensor) -> Tensor:
+    inside = (tokens >= 0) & (tokens < x.shape[-1])
+    value = x.gather(-1, tokens.where(inside, 0)[:, None])[:, 0]
+    value = torch.where(inside, value, -torch.inf)
+    return torch.where(value > -torch.inf, value - x.logsumexp(-1), -torch.inf)
+
+
+@triton.jit
+def _draw_lane(
+    best, token, v, c, n_cols, threshold, top, inv_t, seed, offset, QUARTER: tl.constexpr
+):
+    """The better of (`best`, `token`) and the best of columns `c` with logits `v`."""
+    if tl.max(v, 0) >= threshold:
+        group, place = c // QUARTER, c % QUARTER
+        r0, r1, r2, r3 = philox(group // 4 * QUARTER + place, seed, offset)
+        word = group % 4
+        bits = tl.where(word == 0, r0, tl.where(word == 1, r1, tl.where(word == 2, r2, r3)))
+        score = (v - top) * inv_t + gumbel(bits)
+        score = tl.where(v >= threshold, score, float("-inf"))
+        score_max = tl.max(score, 0)
+        column = tl.min(tl.where(score == score_max, c, n_cols), 0)
+        if (score_max > best) | ((score_max == best) & (column < token)):
+            best, token = score_max, column
+    return best, token
+
+
+@triton.jit
+def _better(best, token, row_ptr, cols, bits, n_cols, threshold, top, inv_t):
+    x = load_row(row_ptr, cols, n_cols)
+    score = tl.where(x >= threshold, (x - top) * inv_t + gumbel(bits), float("-inf"))
+    return tl.where(score > best, score, best), tl.where(score > best, cols, token)
+
+
+@triton.jit
+def _draw_row(
+    token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
+    QUARTER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The token drawn from all of the row, or `token` if nothing reaches the threshold."""
+    best = tl.full([WIDTH], float("-inf"), tl.float32)
+    tokens = tl.zeros([WIDTH], tl.int32) + token
+    for base in range(0, n_cols, 4 * QUARTER):
+        for start in range(0, tl.minimum(QUARTER, n_cols - base), WIDTH):
+            place = start + tl.arange(0, WIDTH)
+            r0, r1, r2, r3 = philox(base // 4 + place, seed, offset)
+            cols = base + place
+            best, tokens = _better(best, tokens, row_ptr, cols, r0, n_cols, threshold, top, inv_t)
+            cols += QUARTER
+            best, tokens = _better(best, tokens, row_ptr, cols, r1, n_cols, threshold, top, inv_t)
+            cols += QUARTER
+            best, tokens = _better(best, tokens, row_ptr, cols, r2, n_cols, threshold, top, inv_t)
+            cols += QUARTER
+            best, tokens = _better(best, tokens, row_ptr, cols, r3, n_cols, threshold, top, inv_t)
+    return tl.min(tl.where(best == tl.max(best, 0), tokens, n_cols), 0)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
+    tokens_ptr, logprobs_ptr, stride, n_cols,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
+    top = tl.max(v0, 0)
+    token = tl.min(tl.where(v0 == top, c0, n_cols), 0)
+    top = tl.maximum(top, LOWEST)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        temperature = tl.minimum(tl.maximum(temperature, 1e-30), 1e30)
+        inv_t = tl.div_rn(1.0, temperature)
+        top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        min_p = tl.load(min_p_ptr + row)
+        seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
+        floor = top + temperature * tl.log(tl.minimum(tl.maximum(min_p, 1e-37), 1.0))
+        floor = tl.where(min_p > 0, tl.maximum(floor, LOWEST), LOWEST)
+        by_k, by_p = (top_k > 0) & (top_k < n_cols), top_p < 1
+        lo, hi = key_of(tl.minimum(top, LOWEST), SHIFT), key_of(top, SHIFT) + 1
+        kth, pth = lo, lo
+        if by_k:
+            kth = lane_search(v0, v1, v2, v3, lo, hi, top_k, top, inv_t, False, SHIFT)
+        if by_p:
+            if by_k:
+                mass = lane_sum(v0, v1, v2, v3, value_of(kth, SHIFT), top, inv_t, True)
+            else:
+                mass = row_mass(row_ptr, n_cols, LOWEST, top, inv_t, BLOCK)
+            pth = lane_search(v0, v1, v2, v3, kth, hi, top_p * mass, top, inv_t, True, SHIFT)
+        threshold = tl.maximum(tl.maximum(value_of(kth, SHIFT), value_of(pth, SHIFT)), floor)
+        # The mass that top-p is a part of is right only if the lanes hold all that top-k left.
+        held = tl.where(by_k & by_p, value_of(kth, SHIFT), threshold)
+        if tl.max(v3, 0) < held:
+            best = float("-inf")
+            best, token = _draw_lane(
+                best, token, v0, c0, n_cols, threshold, top, inv_t, seed, offset, QUARTER
+            )
+            best, token = _draw_lane(
+                best, token, v1, c1, n_cols, threshold, top, inv_t, seed, offset, QUARTER
+            )
+            best, token = _draw_lane(
+                best, token, v2, c2, n_cols, threshold, top, inv_t, seed, offset, QUARTER
+            )
+            best, token = _draw_lane(
+                best, token, v3, c3, n_cols, threshold, top, inv_t, seed, offset, QUARTER
+            )
+        else:
+            # what the lanes found counts too little, so it is at or below the threshold sought
+            if by_k:
+                kth = row_search(row_ptr, n_cols, kth, hi, top_k, top, inv_t, False, SHIFT, BLOCK)
+                pth = kth
+            if by_p:
+                mass = row_mass(row_ptr, n_cols, value_of(kth, SHIFT), top, inv_t, BLOCK)
+                pth = row_search(
+                    row_ptr, n_cols, pth, hi, top_p * mass, top, inv_t, True, SHIFT, BLOCK
+                )
+            threshold = tl.maximum(tl.maximum(value_of(kth, SHIFT), value_of(pth, SHIFT)), floor)
+            token = _draw_row(
+                token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
+                QUARTER, BLOCK if BLOCK < QUARTER else QUARTER,
+            )  # fmt: skip
+    total = row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK)
+    x = load_row(row_ptr, token, n_cols)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(
+        logprobs_ptr + row, tl.where(x > float("-inf"), x - top - tl.log(tl.maximum(total, 1.0)), x)
+    )
+
+
+@triton.jit
+def _apply_penalties_kernel(
+    logits_ptr, mask_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr,
+    logits_stride, mask_stride, counts_stride, n_cols, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    repetition = tl.load(repetition_ptr + row)
+    presence, frequency = tl.load(presence_ptr + row), tl.load(frequency_ptr + row)
+    if (repetition != 1) | (presence != 0) | (frequency != 0):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        logits_ptr += row * logits_stride
+        x = tl.load(logits_ptr + cols, inside, other=0.0)
+        prompt = tl.load(mask_ptr + row * mask_stride + cols, inside, other=0)
+        counts = tl.load(counts_ptr + row * counts_stride + cols, inside, other=0)
+        penalized = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+        y = tl.where((prompt != 0) | (counts > 0), penalized, x)
+        y -= tl.where(counts > 0, presence, 0.0) + frequency * counts.to(tl.float32)
+        tl.store(logits_ptr + cols, y, inside)
+
+
+@triton.jit
+def _top_logprobs_kernel(
+    logits_ptr, tokens_ptr, token_logprobs_ptr, ids_ptr, logprobs_ptr, stride, n_cols, n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
+    top = tl.maximum(tl.max(v0, 0), LOWEST)
+    lse = top + tl.log(row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK))
+    x = load_row(row_ptr, tl.load(tokens_ptr + row), n_cols)
+    tl.store(token_logprobs_ptr + row, tl.where(x > float("-inf"), x - lse, x))
+    for i in range(n):
+        value = tl.max(v0, 0)
+        column = tl.min(tl.where(v0 == value, c0, n_cols), 0)
+        exists = value > float("-inf")
+        tl.store(ids_ptr + row * n + i, tl.where(exists, column, -1).to(tl.int64))
+        tl.store(logprobs_ptr + row * n + i, tl.where(exists, value - lse, value))
+        hit = (v0 == value) & (c0 == column)
+        v0, v1, v2 = tl.where(hit, v1, v0), tl.where(hit, v2, v1), tl.where(hit, v3, v2)
+        c0, c1, c2 = tl.where(hit, c1, c0), tl.where(hit, c2, c1), tl.where(hit, c3, c2)
+        v3 = tl.where(hit, float("-inf"), v3)
+        # an empty lane may have had a fifth value
+        if (n_cols > 4 * BLOCK) & exists & (tl.min(tl.where(hit, v0, top), 0) == float("-inf")):
+            v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, value, column, BLOCK)
+
+
+def default_config(n_cols: int) -> tuple[int, int]:
+    """Lanes and warps of a row: eight logits a thread, a 16-byte load of 16-bit logits."""
+    block = min(max(triton.next_power_of_2(n_cols), 128), 4096)
+    return block, max(block // 256, 1)
+
+
+# Bits of a float32 that logits of a 16-bit dtype never set.
+_UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+@op(sample_reference)
+def _sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n_rows, n_cols = logits.shape
+    tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    block, warps = default_config(n_cols)
+    if n_rows:
+        _sample_kernel[(n_rows,)](
+            logits, temperature, top_k, top_p, min_p, seeds, offsets, tokens, logprobs,
+            logits.stride(0), n_cols,
+            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return tokens, logprobs
+
+
+@op(apply_penalties_reference, mutates=("logits",))
+def _apply_penalties_(
+    logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor,
+) -> None:  # fmt: skip
+    n_rows, n_cols = logits.shape
+    block = min(max(triton.next_power_of_2(n_cols), 128), 1024)
+    if n_rows:
+        _apply_penalties_kernel[(n_rows, triton.cdiv(n_cols, block))](
+            logits, prompt_mask.view(torch.uint8), output_counts, repetition, presence, frequency,
+            logits.stride(0), prompt_mask.stride(0), output_counts.stride(0), n_cols,
+            BLOCK=block, num_warps=max(block // 256, 1),
+        )  # fmt: skip
+
+
+@op(top_logprobs_reference)
+def _top_logprobs(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_cols = logits.shape
+    logprobs = torch.empty(n_rows, n, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(n_rows, n, dtype=torch.int64, device=logits.device)
+    token_logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    block, warps = default_config(n_cols)
+    if n_rows:
+        _top_logprobs_kernel[(n_rows,)](
+            logits, tokens, token_logprobs, ids, logprobs, logits.stride(0), n_cols, n,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return token_logprobs, ids, logprobs
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw a token for every row of `logits` [S, V] and return (tokens, logprobs).
+
+    All other arguments are [S]: `temperature` float32, 0 or less takes the largest logit (the lowest
+    index if several are equal); `top_k` int32, 0 or less is off; `top_p` float32, 1 or more is off;
+    `min_p` float32, 0 or less is off; `seeds` and `offsets` int64 number the draw: a request keeps its
+    seed and passes the position of the token as its offset.
+
+    Returns tokens [S] int64 and logprobs [S] float32, the log-softmax of the logits as given, before
+    temperature and filters, at the token.
+
+    Raises TypeError for other dtypes and ValueError for other shapes, devices or strides.
+    """
+    _check_rows(logits, FLOATS)
+    _check_vectors(logits, torch.float32, temperature=temperature, top_p=top_p, min_p=min_p)
+    _check_vectors(logits, torch.int32, top_k=top_k)
+    _check_vectors(logits, torch.int64, seeds=seeds, offsets=offsets)
+    return _sample(logits, temperature, top_k, top_p, min_p, seeds, offsets)
+
+
+def apply_penalties_(
+    logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor,
+) -> None:  # fmt: skip
+    """Penalize in place the `logits` [S, V] float32 of tokens that have occurred.
+
+    `prompt_mask` [S, V] bool marks the tokens of the prompt, `output_counts` [S, V] int32 counts those
+    generated since. `repetition` [S] (Keskar et al., https://arxiv.org/abs/1909.05858; 1 is off)
+    divides positive and multiplies negative logits of tokens in either; `presence` [S] is subtracted
+    once and `frequency` [S] once per occurrence from generated tokens, as OpenAI's API does (0 is
+    off). The three are float32. Rows without any penalty are not read.
+
+    Raises TypeError for other dtypes and ValueError for other shapes, devices or strides.
+    """
+    _check_rows(logits, (torch.float32,))
+    for name, like, dtype in (
+        ("prompt_mask", prompt_mask, torch.bool),
+        ("output_counts", output_counts, torch.int32),
+    ):
+        check_dtype(name, like, dtype)
+        check_shape(name, like, *logits.shape)
+        check_device(name, like, logits.device)
+        check_last_dim_contiguous(name, like)
+    _check_vectors(
+        logits, torch.float32, repetition=repetition, presence=presence, frequency=frequency
+    )
+    _apply_penalties_(logits, prompt_mask, output_counts, repetition, presence, frequency)
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of `logits` [S, V] at `tokens` [S] int64, and its `n` largest values.
+
+    Returns (token_logprobs [S] float32, top_ids [S, n] int64, top_logprobs [S, n] float32), largest
+    first and the lower id first among equals. Tokens of probability zero are not listed: id -1 and
+    -inf fill their places. A token outside of the vocabulary gets -inf.
+
+    Raises TypeError for other dtypes and ValueError for other shapes, devices, strides or `n`.
+    """
+    _check_rows(logits, FLOATS)
+    _check_vectors(logits, torch.int64, tokens=tokens)
+    if not 0 <= n <= logits.shape[1]:
+        raise ValueError(f"n must be between 0 and {logits.shape[1]}, got {n}")
+    return _top_logprobs(logits, tokens, n)
+
+
+def _check_rows(logits: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_dtype("logits", logits, *dtypes)
+    check_shape("logits", logits, None, None)
+    check_last_dim_contiguous("logits", logits)
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have at least one column, got {tuple(logits.shape)}")
+
+
+def _check_vectors(logits: Tensor, dtype: torch.dtype, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        check_dtype(name, vector, dtype)
+        check_shape(name, vector, logits.shape[0])
+        check_device(name, vector, logits.device)
+        check_last_dim_contiguous(name, vector)
