@@ -1,7 +1,28 @@
-"""Causal attention of new tokens over a paged KV cache: decode, chunked prefill and mixed batches in one op."""
+"""Causal attention of new tokens over a paged KV cache: decode, chunked prefill and mixed batches in one op.
+
+    o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),   s_ij = scale · q_i · k_j
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+https://arxiv.org/abs/2309.06180; Dao et al., "Flash-Decoding for long-context inference",
+https://pytorch.org/blog/flash-decoding/
+
+The query heads that share a kv head are rows of one tile, so a program reads its keys and values
+once for all of them: decode moves Hk·(D + Dv)·itemsize bytes for each token in the cache, and a
+prefill takes 2·(D + Dv) flops for each visible pair of query and key and head. Where that leaves
+SMs without work, the keys of a sequence are split over programs, whose float32 results a second
+kernel combines. The grid follows from shapes alone and every program finds its sequence and its
+keys from tensors on the device, so a CUDA graph stays valid while sequences come, grow and go.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from tlk.kernels._check import (
     FLOATS,
@@ -10,9 +31,14 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._device import sm, sm_count
 from tlk.kernels._op import op
 
-_QUERIES_AT_ONCE = 256  # the reference holds scores of [H, this many queries, all keys]
+MAX_HEAD_DIM = 256
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that exp2(-inf - LOWEST) is 0, not NaN
+LEAST_KEYS = tl.constexpr(128)  # fewer keys in a split would cost more to combine than they save
+QUERIES_AT_ONCE = 256  # what is done in PyTorch holds scores of [H, this many, all keys]
 
 
 def paged_attention_reference(
@@ -28,35 +54,43 @@ def paged_attention_reference(
         if queries and length:
             alike.setdefault((queries, length.bit_length()), []).append(s)
     for (queries, _), batch in alike.items():
+        pages = -(-max(lengths[s] for s in batch) // k_cache.shape[2])
         length = seq_lens[batch].long()[:, None]  # [B, 1]
-        k, v, seen = _gather(k_cache, v_cache, page_table[batch], length, queries, window)
-        key = torch.arange(k.shape[2], device=q.device)
-        for at in torch.arange(queries, device=q.device).split(_QUERIES_AT_ONCE):
+        k, v, seen = _gather(k_cache, v_cache, page_table[batch, :pages], length, queries, window)
+        for at in torch.arange(queries, device=q.device).split(QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
-            position = (length - queries + at)[:, :, None]  # [B, n, 1]
-            visible = (key <= position) & seen[:, None]  # [B, n, L]
-            if window:
-                visible &= position - key < window
+            visible = _visible(length - queries + at, seen, window)
             out[rows] = _attend(q[rows], k, v, visible, softmax_scale, softcap, sinks)
     return out
 
 
 def _gather(
-    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, length: Tensor, queries: int, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy what B sequences can see, [B, Hk, L, D] in float32, out of their pages, and where that is, [B, L]."""
+    k_cache: Tensor, v_cache: Tensor, pages: Tensor, length: Tensor, queries: int | Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Copy `pages` [B, n] of B sequences: [B, Hk, L, D], and which tokens some query sees, [B, L].
+
+    The others, and the table's entries for their pages, may hold anything: they give 0.
+    """
     page_size = k_cache.shape[2]
-    pages = page_table[:, : -(-int(length.max()) // page_size)]
     key = torch.arange(pages.shape[1] * page_size, device=pages.device)
-    first = length - queries - window + 1 if window else torch.zeros_like(length)
-    seen = (key >= first) & (key < length)  # elsewhere the table and the pages may hold anything
+    seen = key < length
+    if window:
+        seen &= key > length - queries - window
     pages = torch.where(seen.unflatten(1, (-1, page_size)).any(-1), pages, 0).long()
 
     def dense(cache: Tensor) -> Tensor:
-        tokens = cache[pages].transpose(1, 2).flatten(2, 3).float()
+        tokens = cache[pages].transpose(1, 2).flatten(2, 3)
         return tokens.masked_fill_(~seen[:, None, :, None], 0.0)
 
     return dense(k_cache), dense(v_cache), seen
+
+
+def _visible(position: Tensor, seen: Tensor, window: int) -> Tensor:
+    """Which keys the queries at `position` [B, n] see: bool [B, n, L]."""
+    behind = position[:, :, None] - torch.arange(seen.shape[1], device=seen.device)
+    visible = (behind >= 0) & seen[:, None]
+    return visible & (behind < window) if window else visible
 
 
 def _attend(
@@ -66,7 +100,7 @@ def _attend(
     """softmax(q·kᵀ)·v of q [B, n, H, D], a row without a visible key being 0; returns [B, n, H, Dv]."""
     group = q.shape[2] // k.shape[1]
     heads = q.float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = heads @ k.transpose(2, 3) * scale  # [B, Hk, group·n, L]
+    scores = heads @ k.float().transpose(2, 3) * scale  # [B, Hk, group·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(2, (group, -1)).masked_fill(~visible[:, None, None], -torch.inf)
@@ -77,7 +111,9 @@ def _attend(
     top = top.masked_fill(top == -torch.inf, 0.0)
     p = torch.exp(scores - top)
     total = p.sum(-1, keepdim=True) + torch.exp(sink - top)
-    out = (p.flatten(2, 3) @ v).unflatten(2, (group, -1)) / total.masked_fill(total == 0, 1.0)
+    out = (p.flatten(2, 3) @ v.float()).unflatten(2, (group, -1)) / total.masked_fill(
+        total == 0, 1.0
+    )
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
 
@@ -89,16 +125,386 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
 
 
-@op(paged_attention_reference, fake=_fake)
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    if EXACT:
+        return libdevice.tanh(x)
+    return 1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * x) + 1.0)  # absolute error 1e-7
+
+
+@triton.jit
+def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each key of a tile, [BLOCK_N, 1] or one for all; 0 for keys outside [first, last)."""
+    if PAGE % BLOCK_N == 0:
+        seen = tile * BLOCK_N < last  # and never left of `first`, where no tile begins
+        page = tl.load(table_ptr + tile * BLOCK_N // PAGE, mask=seen, other=0)
+    else:
+        n = tl.arange(0, BLOCK_N)
+        key = tile * BLOCK_N + n
+        entry = key // PAGE
+        if BLOCK_N % PAGE == 0:  # the same, but without a division in the loop
+            entry = tile * (BLOCK_N // PAGE) + n // PAGE
+        seen = (key >= first) & (key < last)
+        page = tl.load(table_ptr + entry, mask=seen, other=0)[:, None]
+    return page
+
+
+@triton.jit
+def _attend_tiles(
+    acc, total, top, q, position, begin, end, first, last, table_ptr, k_ptr, v_ptr,
+    k_page, v_page, scale, cap,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, TWINS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
+
+    Without MASK every row sees every key of these tiles. With it, keys outside [first, last) are
+    not read.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, triton.next_power_of_2(D))
+    dv = tl.arange(0, triton.next_power_of_2(DV))
+    # Read a tile ahead: loads of keys that wait for a page id in the same iteration would get
+    # half the depth of the software pipeline.
+    next_page = _pages(table_ptr, begin, first, last, PAGE, BLOCK_N)
+    for tile in range(begin, end):
+        page = next_page
+        next_page = _pages(table_ptr, tile + 1, first, last, PAGE, BLOCK_N)
+        key = tile * BLOCK_N + n
+        slot = n % PAGE if BLOCK_N % PAGE == 0 else key % PAGE
+        seen = (key >= first) & (key < last)
+        k_mask = (d < D)[None, :]
+        v_mask = (dv < DV)[None, :]
+        if MASK:
+            k_mask = k_mask & seen[:, None]
+            v_mask = v_mask & seen[:, None]
+        tile_at = page.to(tl.int64) * k_page + (slot[:, None] * D + d[None, :])
+        k = tl.load(k_ptr + tile_at, mask=k_mask, other=0.0)  # [BLOCK_N, D]
+        if DOT:
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            s = tl.sum(q[:, None, :] * k.to(tl.float32)[None, :, :], 2)
+        unit = scale
+        if SOFTCAP:
+            s = _tanh(s * scale, k.dtype == tl.float32) * cap
+            unit = 1.0
+        if MASK:
+            visible = key[None, :] <= position[:, None]
+            if WINDOW:
+                visible = visible & (position[:, None] - key[None, :] < WINDOW)
+            s = tl.where(visible, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        new_top = tl.maximum(top, tl.max(s, 1) * unit)
+        p = tl.exp2(s * unit - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None]
+        if not TWINS:
+            tile_at = page.to(tl.int64) * v_page + (slot[:, None] * DV + dv[None, :])
+        v = tl.load(v_ptr + tile_at, mask=v_mask, other=0.0)  # [BLOCK_N, DV]
+        if DOT:
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        else:
+            acc += tl.sum(p[:, :, None] * v.to(tl.float32)[None, :, :], 1)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def _locate(
+    cu_ptr, n_seqs, GROUP: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """This program's sequence, `n_seqs` standing for the padding, and its first row there.
+
+    Sequence s owns tiles cu[s]·GROUP // BLOCK_M + s onwards, enough for its rows whatever the
+    lengths, so the size of the grid needs their sum only. The last tiles of a prompt, which see
+    the most keys, start first.
+    """
+    if DECODE:
+        tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+        seq = tl.program_id(0) // tiles
+        row = tl.program_id(0) % tiles * BLOCK_M
+    else:
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        s = tl.arange(0, BLOCK_S)
+        owned = tl.load(cu_ptr + s, mask=s <= n_seqs, other=0) * GROUP // BLOCK_M + s
+        begun = (s <= n_seqs) & (owned <= tile)
+        seq = tl.sum(begun.to(tl.int32)) - 1
+        row = (tile - tl.max(tl.where(begun, owned, 0))) * BLOCK_M
+    return seq, row
+
+
+@triton.jit
+def _key_range(
+    lowest, highest, splits, SPLIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The keys that rows at positions `lowest` to `highest` see, and this program's tiles of them.
+
+    Returns first, last: some row sees key first ≤ j < last; and begin, full_begin, full_end, end:
+    every row sees all keys of the tiles between the inner two.
+    """
+    first = 0
+    full_begin = 0
+    if WINDOW:
+        first = tl.maximum(lowest - WINDOW + 1, 0)
+        full_begin = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N)
+    last = tl.maximum(highest + 1, first)
+    begin = first // BLOCK_N
+    end = tl.cdiv(last, BLOCK_N)
+    if SPLIT:
+        share = tl.maximum(tl.cdiv(end - begin, splits), LEAST_KEYS // BLOCK_N)
+        begin = tl.minimum(begin + share * tl.program_id(2), end)
+        end = tl.minimum(begin + share, end)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.minimum(tl.maximum((lowest + 1) // BLOCK_N, full_begin), end)
+    return first, last, begin, full_begin, full_end, end
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_seqs", "splits"])
+def _paged_attention_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, lse_ptr,
+    q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits, scale, cap,
+    GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, ONE_LOOP: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr,
+):  # fmt: skip
+    """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
+    seq, row = _locate(cu_ptr, n_seqs, GROUP, DECODE, BLOCK_M, BLOCK_S)
+    rows = row + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, triton.next_power_of_2(D))
+    dv = tl.arange(0, triton.next_power_of_2(DV))
+    kv_head = tl.program_id(1).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    heads = tl.num_programs(1) * GROUP
+    if not SPLIT:  # rows of no sequence; with splits, the kernel that combines them writes these
+        padding = tl.load(cu_ptr + n_seqs)
+        empty = padding + rows // GROUP
+        mine = (seq == n_seqs) & (empty < n_rows)
+        if DECODE:  # program i stands for row i, too
+            empty = seq + rows // GROUP
+            mine = (rows < GROUP) & (empty >= padding) & (empty < n_rows)
+        at = (empty * heads + head)[:, None] * DV + dv[None, :]
+        zero = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, zero, mask=mine[:, None] & (dv < DV)[None, :])
+    if seq >= n_seqs:
+        return
+    start = tl.load(cu_ptr + seq)
+    queries = tl.load(cu_ptr + seq + 1) - start
+    if row >= queries * GROUP:
+        return
+    before = tl.load(lens_ptr + seq) - queries  # the position of the first query
+    live = rows < queries * GROUP
+    token = (start + rows // GROUP).to(tl.int64)
+    q_tile = (token * q_row + head * q_head)[:, None] + d[None, :]
+    q = tl.load(q_ptr + q_tile, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    if not DOT:
+        q = q.to(tl.float32)
+
+    lowest = before + row // GROUP
+    highest = before + tl.minimum((row + BLOCK_M - 1) // GROUP, queries - 1)
+    first, last, begin, full_begin, full_end, end = _key_range(
+        lowest, highest, splits, SPLIT, WINDOW, BLOCK_N
+    )
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        if SPLIT:  # counted once
+            sink = tl.where(tl.program_id(2) == 0, sink, float("-inf"))
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
+    position = before + rows // GROUP
+    table_ptr += seq.to(tl.int64) * table_row
+    k_ptr += kv_head * k_head
+    v_ptr += kv_head * v_head
+    if ONE_LOOP:
+        full_begin = end
+        full_end = end
+    if WINDOW or ONE_LOOP:
+        acc, total, top = _attend_tiles(
+            acc, total, top, q, position, begin, full_begin, first, last, table_ptr, k_ptr, v_ptr,
+            k_page, v_page, scale, cap, True, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
+        )  # fmt: skip
+    if not ONE_LOOP:
+        acc, total, top = _attend_tiles(
+            acc, total, top, q, position, full_begin, full_end, first, last, table_ptr, k_ptr,
+            v_ptr, k_page, v_page, scale, cap, False, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
+        )  # fmt: skip
+        acc, total, top = _attend_tiles(
+            acc, total, top, q, position, full_end, end, first, last, table_ptr, k_ptr, v_ptr,
+            k_page, v_page, scale, cap, True, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
+        )  # fmt: skip
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at = token * heads + head
+    if SPLIT:
+        at = at * splits + tl.program_id(2)
+        lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+        tl.store(lse_ptr + at, lse, mask=live)
+        live = live & (total > 0.0)
+    o_mask = live[:, None] & (dv < DV)[None, :]
+    tl.store(out_ptr + at[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), o_mask)
+
+
+@triton.jit(do_not_specialize=["n_seqs", "splits"])
+def _combine_kernel(
+    partial_ptr, lse_ptr, cu_ptr, out_ptr, n_seqs, splits,
+    DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Row × head: the mean of the splits' results, weighted by exp2(lse); 0 for padding."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    dv = tl.arange(0, triton.next_power_of_2(DV))
+    acc = tl.zeros((triton.next_power_of_2(DV),), tl.float32)
+    if tl.program_id(0) < tl.load(cu_ptr + n_seqs):
+        all_splits = tl.arange(0, BLOCK_SPLITS)
+        lses = tl.load(
+            lse_ptr + row * splits + all_splits, mask=all_splits < splits, other=float("-inf")
+        )
+        top = tl.maximum(tl.max(lses, 0), LOWEST)
+        total = tl.sum(tl.exp2(lses - top), 0)
+        for begin in range(0, splits, CHUNK):
+            split = begin + tl.arange(0, CHUNK)
+            at = row * splits + split
+            lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
+            mask = (lse > float("-inf"))[:, None] & (dv < DV)[None, :]  # the others are unwritten
+            part = tl.load(partial_ptr + at[:, None] * DV + dv[None, :], mask, other=0.0)
+            acc += tl.sum(part * tl.exp2(lse - top)[:, None], 0)
+        acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * DV + dv, acc.to(out_ptr.dtype.element_ty), mask=dv < DV)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a call runs: tile sizes, and `dot` for tensor cores or else multiply and sum."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    dot: bool = True
+
+
+def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Config:
+    """Tiles that fit `sm` for the larger head dim, `rows` = longest chunk × heads of a group."""
+    width = max(triton.next_power_of_2(head_dim), 16)
+    small_memory = sm not in (80, 90, 100)
+    if sm < 80 or (dtype == torch.float32 and rows <= 64):
+        block_m = min(triton.next_power_of_2(rows), 4)
+        return Config(block_m, max(2048 // width, 8), 4, 2, dot=False)
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 2)
+    if rows <= 16:
+        return Config(16, min(8192 // width, 128), 4, 3)
+    if rows <= 64:
+        return Config(64, 64, 4, 2)
+    return Config(128, 64, 8, 3 if not small_memory else 2)
+
+
+@lru_cache(maxsize=1024)
+def split_count(programs: int, capacity: int, slots: int) -> int:
+    """Programs that share one sequence's keys, of which there are at most `capacity`.
+
+    The fewest that come within 15 % of the best use of the `slots` that run at once.
+    """
+    most = max(min(capacity // (2 * LEAST_KEYS.value), 4 * triton.cdiv(slots, programs)), 1)
+    use = [programs * n / slots / triton.cdiv(programs * n, slots) for n in range(1, most + 1)]
+    return next(n for n, u in enumerate(use, 1) if u >= 0.85 * max(use))
+
+
+def _backend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
+    cu_seqlens_q: Tensor, max_q: int, *options: object,
+) -> str:  # fmt: skip
+    return "torch" if sm(q.device) < 80 and max_q > 8 else "triton"
+
+
+@op(paged_attention_reference, fake=_fake, backend=_backend)
 def _paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
     softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return paged_attention_reference(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, max_q, softmax_scale, window,
-        softcap, sinks,
+    tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
+    if _backend(*tensors, max_q) == "torch":
+        return _in_torch(*tensors, max_q, softmax_scale, window, softcap, sinks)
+    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+    if out.numel():
+        _launch(out, *tensors, max_q, softmax_scale, window, softcap, sinks)
+    return out
+
+
+def _launch(
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor,
+    seq_lens: Tensor, cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int,
+    softcap: float, sinks: Tensor | None,
+) -> None:  # fmt: skip
+    (tokens, heads, d), dv = q.shape, v_cache.shape[3]
+    (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
+    group = heads // kv_heads
+    config = default_config(sm(q.device), q.dtype, max(d, dv), max(max_q, 1) * group)
+    decode = max_q == 1
+    tiles = tokens * group // config.block_m + seqs + 1
+    if decode:
+        tiles = max(seqs, tokens) * triton.cdiv(group, config.block_m)
+    slots = sm_count(q.device) * (2 if config.num_warps <= 4 else 1)
+    splits = 1
+    if decode or 2 * tiles * kv_heads <= slots:
+        splits = split_count(tiles * kv_heads, pages * page_size, slots)
+    into, lse = out, None
+    if splits > 1:
+        into = q.new_empty(tokens, heads, splits, dv, dtype=torch.float32)
+        lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
+    _paged_attention_kernel[(tiles, kv_heads, splits)](
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, into, lse,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
+        v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
+        softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
+        softcap * LOG2_E.value,
+        GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
+        SINKS=sinks is not None, DOT=config.dot, ONE_LOOP=config.block_m <= 16, PAGE=page_size,
+        D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_S=triton.next_power_of_2(seqs + 1), TWINS=k_cache.stride() == v_cache.stride(),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(tokens, heads)](
+            into, lse, cu_seqlens_q, out, seqs, splits,
+            DV=dv, BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16, num_warps=4,
+        )  # fmt: skip
+
+
+def _in_torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
+    cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int, softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The op where Triton has no tensor cores; every sequence padded to `max_q` and full pages."""
+    padded = torch.cat([q, q.new_zeros(1, *q.shape[1:])])
+    out = q.new_zeros(q.shape[0] + 1, q.shape[1], v_cache.shape[-1])
+    for s in range(seq_lens.shape[0]):
+        start, queries = cu_seqlens_q[s], cu_seqlens_q[s + 1] - cu_seqlens_q[s]
+        length = seq_lens[s : s + 1, None].long()
+        k, v, seen = _gather(k_cache, v_cache, page_table[s : s + 1], length, queries, window)
+        for at in torch.arange(max_q, device=q.device).split(QUERIES_AT_ONCE):
+            rows = torch.where(at < queries, start + at, q.shape[0]).long()[None]
+            visible = _visible(length - queries + at, seen, window)
+            if softcap or sinks is not None:
+                o = _attend(padded[rows], k, v, visible, softmax_scale, softcap, sinks)
+            else:
+                o = _sdpa(padded[rows], k, v, visible, softmax_scale)
+            out[rows] = torch.where((at < queries)[None, :, None, None], o, 0.0)
+    return out[:-1].clone()
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`_attend` without softcap and sinks, on tensor cores."""
+    group = q.shape[2] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=visible[:, None], scale=scale
+    )
+    return out.transpose(1, 2).masked_fill(~visible.any(-1)[:, :, None, None], 0.0)
 
 
 def paged_attention(
