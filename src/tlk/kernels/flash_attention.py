@@ -173,20 +173,26 @@ def _attend_tiles(
     n = tl.arange(0, BLOCK_N)
     dqk = tl.arange(0, triton.next_power_of_2(DQK))
     dv = tl.arange(0, triton.next_power_of_2(DV))
-    k_tile = k_ptr + first.to(tl.int64) * k_row + n[:, None] * k_row + dqk[None, :]
-    v_tile = v_ptr + first.to(tl.int64) * v_row + n[:, None] * v_row + dv[None, :]
+    k_tile = n[:, None] * k_row + dqk[None, :]
+    v_tile = n[:, None] * v_row + dv[None, :]
+    k_ptr += first.to(tl.int64) * k_row
+    v_ptr += first.to(tl.int64) * v_row
     for start in tl.range(first, last, BLOCK_N):
         k_mask = (dqk < DQK)[None, :]
         v_mask = (dv < DV)[None, :]
         if MASKED:
             k_mask = k_mask & (start + n < len_k)[:, None]
             v_mask = v_mask & (start + n < len_k)[:, None]
-        k = tl.load(k_tile, mask=k_mask, other=0.0)
+        k = tl.load(k_ptr + k_tile, mask=k_mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         unit = scale
         if SOFTCAP:
-            s = libdevice.tanh(s * scale) * cap
             unit = 1.0
+            if q.dtype == tl.float32:
+                s = cap * libdevice.tanh(scale * s)
+            else:  # 1 - 2 / (exp(2x) + 1) is as good as tanh(x) in half precision and half the work
+                twice = tl.minimum(s * (scale * 2 * LOG2_E), 64.0)  # far beyond where tanh is 1
+                s = cap - cap * 2 / (tl.math.exp2(twice) + 1)
         if MASKED:
             ahead = (start + n)[None, :] - positions[:, None]
             seen = (start + n < len_k)[None, :]
@@ -199,11 +205,11 @@ def _attend_tiles(
         p = tl.math.exp2(s * unit - new_top[:, None])
         decay = tl.math.exp2(top - new_top)
         total = total * decay + tl.sum(p, 1)
-        v = tl.load(v_tile, mask=v_mask, other=0.0)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
-        k_tile += BLOCK_N * k_row
-        v_tile += BLOCK_N * v_row
+        k_ptr += BLOCK_N * k_row
+        v_ptr += BLOCK_N * v_row
     return acc, total, top
 
 
@@ -233,6 +239,7 @@ def _key_ranges(
     if CAUSAL:
         end = tl.minimum(end, last_position + 1)
         full_end = tl.minimum(full_end, first_position + 1)
+    end = tl.maximum(end, 0)
     full_begin = tl.minimum(full_begin, end)
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
     return begin, full_begin, full_end, end
@@ -338,8 +345,22 @@ def _flash_attention_kernel(
 
 
 def default_config(sm: int, itemsize: int, head_dim: int, rows: int) -> dict[str, int]:
-    """Block sizes that fit the shared memory and registers of `sm`; head_dim is the larger of D, Dv."""
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    """Blocks that fit the registers and shared memory of `sm`; head_dim is the larger of D and Dv.
+
+    Measured by compiling: none spills, the largest takes 97 of the 99 KiB of sm_86, 89 and 120.
+    """
+    wide, roomy = head_dim > 128, sm in (80, 87, 90, 100, 103)  # at least 163 KiB
+    if itemsize == 4:
+        m, n, warps, stages = (32, 16, 8, 2) if wide else (64, 16, 8, 2)
+    elif wide:
+        m, n, warps, stages = (64, 64, 8, 2) if roomy else (64, 32, 8, 2)
+    elif sm == 90:
+        m, n, warps, stages = (128, 128, 8, 2)
+    else:
+        m, n, warps, stages = (128, 64, 8, 3) if roomy or head_dim <= 64 else (128, 64, 8, 2)
+    if rows <= 16:
+        m, warps = 16, 4
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
 def _fake(q, k, v, *_):
@@ -514,7 +535,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, varlen
         check_device(name, x, q.device)
         check_last_dim_contiguous(name, x)
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have a head dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
+            raise ValueError(
+                f"{name} must have a head dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}"
+            )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q must have a multiple of k's {k.shape[-2]} heads, got {q.shape[-2]}")
     if sinks is not None:
