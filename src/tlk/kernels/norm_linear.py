@@ -6,9 +6,24 @@ y = act(rms_norm(x; w, eps) Wᵀ + b) = act(rstd · ((x · w) Wᵀ) + b)
 import torch
 from torch import Tensor
 
-from tlk.kernels._check import check_device, check_dtype, check_shape
+from tlk.kernels._check import check_device, check_dtype, check_last_dim_contiguous, check_shape
+from tlk.kernels._device import sm, sm_count
 from tlk.kernels._op import op
-from tlk.kernels.matmul import check_linear, matmul_reference
+from tlk.kernels.matmul import (
+    DECODE_ROWS,
+    check_linear,
+    choose,
+    decode_config,
+    launch,
+    matmul,
+    matmul_reference,
+)
+from tlk.kernels.norm import rms_norm
+from tlk.kernels.tuning import Config, lookup
+
+VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+
+UNFUSED: Config = {"backend": "unfused"}
 
 
 def norm_linear_reference(
@@ -26,7 +41,32 @@ def norm_linear_reference(
     return matmul_reference(h, weight, bias, activation).to(x.dtype)
 
 
-@op(norm_linear_reference)
+def _choose(x: Tensor, weight: Tensor) -> Config:
+    n, k = weight.shape
+    m = x.shape[:-1].numel()
+    config = lookup("norm_linear", VERSION, x.device, x.dtype, (n, k), m)
+    if config is not None:
+        return config
+    if m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
+        return decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n)
+    return UNFUSED
+
+
+def _chosen_backend(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    activation: str | None = None,
+) -> str:
+    if _choose(x, weight)["backend"] == "triton":
+        return "triton"
+    return "rms_norm+" + choose(x, weight, None)["backend"]
+
+
+@op(norm_linear_reference, backend=_chosen_backend)
 def _norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -36,7 +76,14 @@ def _norm_linear(
     weight_offset: float = 0.0,
     activation: str | None = None,
 ) -> Tensor:
-    return norm_linear_reference(x, norm_weight, weight, bias, eps, weight_offset, activation)
+    config = _choose(x, weight)
+    if config["backend"] != "triton":
+        h = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
+        return matmul(h, weight, bias, activation=activation)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if y.numel() > 0:
+        launch(config, x, weight, bias, activation, y, norm=(norm_weight, eps, weight_offset))
+    return y
 
 
 def norm_linear(
@@ -53,9 +100,12 @@ def norm_linear(
 
     `x` [..., K], `norm_weight` [K], `weight` [N, K] and `bias` [N] are float32, float16 or bfloat16,
     all the same; the result is [..., N]. `weight_offset` 1.0 is the form that scales by 1 + w.
+    Rows of `x` and `weight` may be strided. Raises TypeError or ValueError naming the argument that
+    does not fit.
     """
     check_linear(x, weight, bias, activation)
     check_dtype("norm_weight", norm_weight, x.dtype)
     check_shape("norm_weight", norm_weight, x.shape[-1])
     check_device("norm_weight", norm_weight, x.device)
+    check_last_dim_contiguous("norm_weight", norm_weight)
     return _norm_linear(x, norm_weight, weight, bias, eps, weight_offset, activation)

@@ -1,0 +1,289 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.interpreter import interpret
+from tests.kernels.check import check
+from tlk.kernels import matmul as module
+from tlk.kernels._op import count_ops
+from tlk.kernels.matmul import CUBLAS, choose, launch, matmul, matmul_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS = [None, "silu", "gelu", "gelu_tanh", "relu_squared"]
+BF16 = torch.bfloat16
+
+
+def rows_of_mixed_scale(shape, device, dtype):
+    scale = 10.0 ** torch.randint(-2, 1, (*shape[:-1], 1), device=device)
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def operands(m, n, k, device, dtype):
+    x = rows_of_mixed_scale((m, k), device, dtype)
+    weight = rows_of_mixed_scale((n, k), device, dtype)
+    bias, residual = torch.randn(n, device=device), torch.randn(m, n, device=device)
+    return x, weight, bias.to(dtype), residual.to(dtype)
+
+
+def plain(x, weight, bias=None, activation=None, residual=None):
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = {
+            "silu": F.silu,
+            "gelu": F.gelu,
+            "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+            "relu_squared": lambda y: F.relu(y) ** 2,
+        }[activation](y)
+    return y if residual is None else y + residual
+
+
+def exact(x, weight, bias=None, activation=None, residual=None):
+    b, r = (None if t is None else t.float() for t in (bias, residual))
+    return matmul_reference(x.float(), weight.float(), b, activation, r)
+
+
+def check_call(x, weight, bias=None, activation=None, residual=None, **options):
+    actual = matmul(x, weight, bias, activation=activation, residual=residual, **options)
+    args = x, weight, bias, activation, residual
+    check(actual, plain(*args), exact(*args))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_is_torch(activation):
+    x, weight, bias, residual = operands(3, 20, 40, "cpu", torch.float32)
+    args = x, weight, bias, activation, residual
+    torch.testing.assert_close(matmul_reference(*args), plain(*args))
+    torch.testing.assert_close(matmul_reference(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 37, 130), (1, 8, 1100), (2, 33, 256), (5, 50, 300), (16, 64, 512), (17, 40, 90)]
+)
+def test_matmul(m, n, k, dtype, device):
+    x, weight, bias, residual = operands(m, n, k, device, dtype)
+    check_call(x, weight)
+    check_call(x, weight, bias, "silu", residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, k", [(33, 70, 90), (130, 140, 128), (1, 1, 1)])
+def test_tiles(m, n, k, dtype, device):
+    x, weight, bias, residual = operands(m, n, k, device, dtype)
+    config = module.tile_config(90 if device == "cpu" else 80, dtype)
+    y = torch.full_like(residual, torch.nan)
+    launch(config, x, weight, bias, "gelu", y, residual)
+    args = x, weight, bias, "gelu", residual
+    check(y, plain(*args), exact(*args))
+    check_call(x, weight, backend="triton")
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_grouped_order_reaches_every_tile(group, device):
+    x, weight, _, residual = operands(75, 40, 32, device, torch.float32)
+    meta = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": group}
+    y = torch.full_like(residual, torch.nan)
+    launch({"backend": "triton", "kernel": "tile", "meta": meta}, x, weight, None, None, y)
+    check(y, plain(x, weight), exact(x, weight))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_every_epilogue(m, activation, device):
+    x, weight, bias, residual = operands(m, 24, 64, device, BF16)
+    for b in (None, bias):
+        for r in (None, residual):
+            check_call(x, weight, b, activation, r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 6, 16, 20])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_views_of_fused_tensors(m, dtype, backend, device):
+    wide_x = rows_of_mixed_scale((m, 3 * 64), device, dtype)
+    fused = rows_of_mixed_scale((100, 2 * 64), device, dtype)
+    wide_residual = torch.randn(m, 80, device=device).to(dtype)
+    check_call(
+        wide_x[:, 64:128],
+        fused[30:70, 64:],
+        wide_residual[0, 7:47],
+        "silu",
+        wide_residual[:, 16:56],
+        backend=backend,
+    )
+    check_call(wide_x[:, 64:128], fused[30:70, 64:], residual=wide_residual[:, 16:56])
+
+
+@pytest.mark.parametrize("m", [1, 7, 24])
+def test_sums_may_pass_the_largest_float16(m, device):
+    """The running sum reaches 128 · 60 · 30 = 230400 and comes back."""
+    x = torch.full((m, 256), 60.0, device=device, dtype=torch.float16)
+    weight = torch.full((16, 256), 30.0, device=device, dtype=torch.float16)
+    weight[:, 128:] = -29.0
+    actual = matmul(x, weight, backend="triton")
+    torch.testing.assert_close(actual, torch.full_like(actual, 128 * 60.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
+def test_leading_dimensions(shape, device):
+    x = rows_of_mixed_scale(shape, device, BF16)
+    weight = torch.randn(24, 64, device=device).to(BF16)
+    residual = torch.randn(*shape[:-1], 24, device=device).to(BF16)
+    actual = matmul(x, weight, activation="silu", residual=residual)
+    assert actual.shape == residual.shape
+    if actual.numel():
+        check(actual, *(f(x, weight, None, "silu", residual) for f in (plain, exact)))
+    assert matmul(x, weight[:0]).shape == (*shape[:-1], 0)
+
+
+@pytest.mark.parametrize(
+    "m, dtype, ran",
+    [
+        (1, BF16, "triton"),
+        (16, BF16, "triton"),
+        (17, BF16, "cublas"),
+        (4, torch.float32, "triton"),
+        (5, torch.float32, "cublas"),
+    ],
+)
+def test_what_ran_is_counted(m, dtype, ran, device, monkeypatch):
+    launched = []
+    run = module.launch
+    monkeypatch.setattr(module, "launch", lambda *a, **k: (launched.append(a), run(*a, **k)))
+    x, weight, *_ = operands(m, 32, 64, device, dtype)
+    with count_ops() as counts:
+        matmul(x, weight)
+    assert counts == {f"matmul[{ran}]": 1}
+    assert len(launched) == (ran == "triton")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_default_choice(arch, dtype):
+    def kernel(m, backend=None):
+        config = choose(torch.empty(m, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype), backend)
+        return config.get("kernel", config["backend"])
+
+    with interpret(sm=arch):
+        tensor_cores = arch >= 80 and dtype != torch.float32
+        assert kernel(1) == "fma"
+        assert kernel(4) == ("dot" if tensor_cores else "fma")
+        assert kernel(16) == (
+            "dot" if tensor_cores else "cublas" if dtype == torch.float32 else "fma"
+        )
+        assert kernel(17) == kernel(4096) == kernel(1, "cublas") == "cublas"
+        assert kernel(17, "triton") == "tile"
+
+
+def test_sm_75_needs_no_tensor_cores():
+    with interpret(sm=75):
+        for m in (3, 8, 11):
+            x, weight, bias, residual = operands(m, 20, 70, "cpu", torch.float16)
+            check_call(x, weight, bias, "silu", residual)
+        check_call(*operands(18, 40, 70, "cpu", torch.float16)[:2], backend="triton")
+
+
+@pytest.fixture(params=["fp32_precision", "legacy"])
+def allow_tf32(request):
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    if request.param == "legacy":
+        settings.allow_tf32 = True
+    else:
+        settings.fp32_precision = "tf32"
+    yield
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_float32_stays_ieee_when_torch_allows_tf32(m, device, allow_tf32):
+    x, weight, *_ = operands(m, 32, 64, device, torch.float32)
+    assert choose(x, weight, None)["backend"] == "triton"
+    want = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(matmul(x, weight), want)
+    x, weight = x.to(BF16), weight.to(BF16)
+    assert choose(x, weight, None)["backend"] == ("cublas" if m == 40 else "triton")
+
+
+def test_a_table_decides(device, monkeypatch):
+    measured = {16: CUBLAS, 40: {**module.decode_config(90, 8, BF16, 16, 48)}}
+    asked = []
+
+    def lookup(op, version, device, dtype, dims, running):
+        asked.append((op, dims))
+        return measured[running]
+
+    monkeypatch.setattr(module, "lookup", lookup)
+    for m, ran in ((16, "cublas"), (40, "triton")):
+        x, weight, bias, residual = operands(m, 48, 64, device, BF16)
+        with count_ops() as counts:
+            check_call(x, weight, bias, "silu", residual)
+        assert counts == {f"matmul[{ran}]": 1}
+    assert set(asked) == {("matmul", (48, 64))}
+
+
+@pytest.mark.parametrize("slices, block_k", [(1, 32), (2, 16), (8, 16)])
+def test_slices_of_k(slices, block_k, device):
+    x, weight, _, residual = operands(5, 20, 300, device, BF16)
+    meta = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": block_k, "SLICES": slices}
+    y = torch.full_like(residual, torch.nan)
+    launch({"backend": "triton", "kernel": "dot", "meta": meta}, x, weight, None, None, y)
+    check(y, plain(x, weight), exact(x, weight))
+
+
+def test_registration(device):
+    for m in (3, 20):
+        x, weight, bias, residual = operands(m, 24, 32, device, torch.float32)
+        args = x, weight, bias, "silu", residual
+        torch.library.opcheck(torch.ops.tlk.matmul.default, args)
+        compiled = torch.compile(
+            lambda x, w, b, a, r: matmul(x, w, b, activation=a, residual=r) * 2,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        torch.testing.assert_close(compiled(*args), 2 * exact(*args))
+
+
+def bad(message, error=ValueError, **changes):
+    return pytest.param(changes, error, message, id=message)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        bad("x must be float32 or float16 or bfloat16, got int32", TypeError, x=torch.int32),
+        bad(r"x must have at least one dimension", x=()),
+        bad(r"weight must have shape \(any, 64\), got \(32, 63\)", weight=(32, 63)),
+        bad(r"weight must have shape \(any, 64\), got \(64,\)", weight=(64,)),
+        bad("weight must be float32, got float16", TypeError, weight=torch.float16),
+        bad(r"bias must have shape \(32\), got \(31,\)", bias=(31,)),
+        bad("bias must be float32, got bfloat16", TypeError, bias=BF16),
+        bad(r"residual must have shape \(2, 32\), got \(32,\)", residual=(32,)),
+        bad("residual must be float32, got float16", TypeError, residual=torch.float16),
+        bad("residual must be on .*, got meta", residual="meta"),
+        bad("weight must be on .*, got meta", weight="meta"),
+        bad("activation must be None or one of .*, got 'tanh'", activation="tanh"),
+        bad("backend must be None, 'triton' or 'cublas', got 'cudnn'", backend="cudnn"),
+    ],
+)
+def test_bad_input(changes, error, message, device):
+    shapes = {"x": (2, 64), "weight": (32, 64), "bias": (32,), "residual": (2, 32)}
+    args = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+    for name, change in changes.items():
+        if name not in shapes:
+            args[name] = change
+        elif isinstance(change, tuple):
+            args[name] = torch.zeros(change, device=device)
+        else:
+            args[name] = args[name].to(change)
+    with pytest.raises(error, match=message):
+        matmul(args.pop("x"), args.pop("weight"), args.pop("bias"), **args)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "residual"])
+def test_the_last_dimension_must_be_contiguous(name, device):
+    args = {"x": torch.zeros(2, 8), "weight": torch.zeros(4, 8), "residual": torch.zeros(2, 4)}
+    args = {key: value.to(device) for key, value in args.items()}
+    args[name] = args[name].T.contiguous().T
+    with pytest.raises(ValueError, match=f"{name} must have stride 1 in its last dimension"):
+        matmul(args.pop("x"), args.pop("weight"), **args)
