@@ -1,5 +1,7 @@
 """One op at one real shape: its inputs, its work, its peers."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,3 +51,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}"
+
+
+def load_cases() -> dict[str, tuple[Case, ...]]:
+    """The cases of every module in `tlk.bench.cases`, by module name."""
+    package = importlib.import_module("tlk.bench.cases")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: importlib.import_module(f"tlk.bench.cases.{name}").CASES for name in names}
