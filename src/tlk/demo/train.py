@@ -65,7 +65,7 @@ def train_tokenizer(texts: Sequence[str], vocab: int) -> Any:
 
 def build(vocab: int) -> Any:
     """The untrained model, in float32."""
-    return transformers.LlamaForCausalLM(
+    model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=vocab,
             hidden_size=256,
@@ -80,9 +80,10 @@ def build(vocab: int) -> Any:
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
-            pad_token_id=0,
         )
     )
+    model.generation_config.pad_token_id = 0  # in the config it would keep token 0 from learning
+    return model
 
 
 def train(
