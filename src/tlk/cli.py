@@ -1,4 +1,4 @@
-"""The command `tlk`: parses, calls, prints. What the commands do is in `tlk.demo` and `tlk.doctor`."""
+"""The command `tlk`: parses, calls, prints; `tlk.demo` and `tlk.doctor` do the work."""
 
 import argparse
 import json

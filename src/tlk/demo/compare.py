@@ -1,4 +1,4 @@
-"""What `tlk demo` shows: one model generating with transformers alone, then optimized, side by side."""
+"""What `tlk demo` shows: one model generating with transformers alone, then on tlk."""
 
 import platform
 import resource
@@ -78,8 +78,8 @@ class Comparison:
             [
                 f"device        {self.device}",
                 f"tokens        {len(ours.tokens)} new, {self._agreement()}",
-                f"tokens/s      transformers {theirs.tokens_per_second:.1f}, tlk {ours.tokens_per_second:.1f}"
-                f" (median of {REPEATS})",
+                f"tokens/s      transformers {theirs.tokens_per_second:.1f}, tlk "
+                f"{ours.tokens_per_second:.1f} (median of {REPEATS})",
                 f"memory, MiB   parameters {self.parameter_bytes / mib:.2f}, KV cache transformers "
                 f"{theirs.kv_cache_bytes / mib:.3f}, tlk {ours.kv_cache_bytes / mib:.3f}, peak "
                 f"{theirs.peak_bytes / mib:.0f}, {ours.peak_bytes / mib:.0f}",

@@ -1,9 +1,10 @@
 """The text behind the embedded model: the source of Python's own standard library.
 
-Every machine that runs tlk has this text, so the model can be trained and judged anywhere without a download. Both
-lists are fixed: modules that every CPython 3.11, 3.12 and 3.13 has as plain source, Linux distributions that split the
-library into packages included. Modules of tables (encodings, locale, pydoc_data) teach no code and are left out.
-`HELD_OUT` is never trained on; its bits per byte are the standing test of quality.
+Every machine that runs tlk has this text, so the model can be trained and judged anywhere without
+a download. Both lists are fixed: modules that every CPython 3.11, 3.12 and 3.13 has as plain source,
+also where a Linux distribution splits the library into packages. Modules of tables (encodings,
+locale, pydoc_data) teach no code and are left out. `HELD_OUT` is never trained on; its bits per byte
+are the standing test of quality.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ _NOT_TEXT = {"test", "tests", "__pycache__", "entities.py"}  # html.entities is 
 
 
 def texts(names: Iterable[str]) -> dict[str, str]:
-    """The source of each module or package in `names`, by path inside the standard library, in a fixed order.
+    """The source of the modules and packages `names`, by path in the library, in a fixed order.
 
     Raises UnsupportedError if this Python does not ship the source of one of them.
     """
@@ -94,12 +95,13 @@ def held_out_bits_per_byte(
     batch: int = 16,
     bytes_per_module: int | None = None,
 ) -> float:
-    """How many bits `model` needs for a byte of the held-out modules; lower is better, and the result is deterministic.
+    """How many bits `model` needs for a byte of the held-out modules: lower is better.
 
-    Each module is read in windows of `window` tokens that move by `stride`. A window scores only the tokens that the
-    one before it did not, so every token but a module's first ones sees at least `window` - `stride` tokens before it.
-    `model` is any causal language model of transformers, optimized by tlk or not; it is called with ids [batch, window]
-    and no cache. `bytes_per_module` judges only the start of each module, for a quick look.
+    Each module is read in windows of `window` tokens that move by `stride`. A window scores only the
+    tokens that the one before it did not, so every token but a module's first ones sees at least
+    `window` - `stride` tokens before it. `model` is any causal language model of transformers in
+    eval mode, optimized by tlk or not; it is called with ids [batch, window] and no cache.
+    `bytes_per_module` judges only the start of each module, for a quick look. Nothing is random.
     """
     if not 0 < stride <= window:
         raise ValueError(f"stride must be in 1..window ({window}), got {stride}")

@@ -34,20 +34,11 @@ def stream(
     temperature 0 takes the likeliest token each time; above 0 tokens are drawn from those that
     `top_p` and `top_k` leave (1 and 0 leave all), and the same `seed` draws the same ones.
     dtype "auto" is bfloat16 on a GPU and float32 on a CPU. Returns the continuation.
-    Raises ValueError for a bad argument, CapacityError for more tokens than the model has positions.
+    Raises ValueError for a bad argument, CapacityError for more tokens than the model can place.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0, got {top_k}")
+    how = _sampling(temperature, top_p, top_k)
     model, tokenizer = load(path, dtype, device)
     ids = encode(model, tokenizer, prompt, max_new_tokens)
-    if temperature == 0:
-        how: dict[str, Any] = {"do_sample": False}
-    else:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     torch.manual_seed(seed)
     out = optimize(model).generate(
         input_ids=ids,
@@ -58,6 +49,19 @@ def stream(
         **how,
     )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    """The arguments of transformers' generate, checked."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0, got {top_k}")
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
 def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -1,11 +1,12 @@
 """Train the embedded model: `python -m tlk.demo.train --out DIR --minutes 4 --device cuda`.
 
-A Llama of 1 967 872 parameters over 1920 byte-level tokens, every projection a multiple of 128 on both sides, so that
-group-wise weight formats fit it as they fit a real model. The text is a few megabytes and is read many times, so the
-model is held back by dropout and weight decay, and by held-out text that is measured as it learns. Matrices learn with
-Muon (https://kellerjordan.github.io/posts/muon/), embeddings and norms with AdamW; the rate rises for 2 % of the time and then
-falls linearly to zero. Writes a transformers checkpoint in bfloat16, its tokenizer and `card.json`, which says
-what was measured on which files.
+A Llama of 1 967 872 parameters over 1920 byte-level tokens, every projection a multiple of 128 on
+both sides, so that group-wise weight formats fit it as they fit a real model. The text is a few
+megabytes and is read many times: dropout and weight decay keep the model from learning it by heart,
+and held-out text is measured along the way. Matrices learn with Muon
+(https://kellerjordan.github.io/posts/muon/), embeddings and norms with AdamW; the rate rises for 2 %
+of the time and then falls linearly to zero. Writes a transformers checkpoint in bfloat16, its
+tokenizer and `card.json`, which says what was measured on which files.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What Triton needs on this machine before it can launch a kernel.
 
-Triton compiles a kernel with the ptxas of its own wheel, but the small launcher around it with the C
-compiler of the host, against the headers of the running Python. A slim container has neither, and
+Triton compiles a kernel with the ptxas of its own wheel, but the small launcher around it with the
+C compiler of the host, against the headers of the running Python. A slim container has neither, and
 says so only in the middle of the first launch.
 """
 
