@@ -13,10 +13,14 @@ HERE, ELSEWHERE = "cpu", "NVIDIA H200"
 
 
 def entry(name, *, dims=(4096, 4096), at=4, device=HERE, dtype="bfloat16", version=1):
-    config = {"backend": name}
-    return dict(
-        version=version, device=device, dtype=dtype, dims=list(dims), bucket=at, config=config
-    )
+    return {
+        "version": version,
+        "device": device,
+        "dtype": dtype,
+        "dims": list(dims),
+        "bucket": at,
+        "config": {"backend": name},
+    }
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def _lookup(
 def _nearest(entries: Iterable[Entry], dims: tuple[int, ...], running_bucket: int) -> Entry | None:
     best, best_distance = None, float("inf")
     for entry in entries:
-        octaves = [abs(entry.bucket - running_bucket)]
+        octaves = [float(abs(entry.bucket - running_bucket))]
         octaves += [abs(log2(max(a, 1) / max(b, 1))) for a, b in zip(entry.dims, dims, strict=True)]
         distance = sum(d * d for d in octaves)
         if max(octaves) <= REACH and distance < best_distance:

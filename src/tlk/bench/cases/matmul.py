@@ -1,0 +1,95 @@
+"""The linear layers of Llama-3.1-8B with their epilogues, for one token up to a prefill."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlk.bench.case import Case, Inputs
+from tlk.kernels.matmul import matmul, matmul_reference
+
+LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+
+
+def _case(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    bias: bool = False,
+    activation: str | None = None,
+    residual: bool = False,
+    backend: str | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> Case:
+    def inputs(new: Inputs) -> tuple[Tensor | None, ...]:
+        b, r = new.randn(n) if bias else None, new.randn(m, n) if residual else None
+        return new.randn(m, k), new.randn(n, k), b, r
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return matmul(
+            x, weight, bias, activation=activation, residual=residual, backend=backend
+        )  # fmt: skip
+
+    def reference(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return matmul_reference(x, weight, bias, activation, residual)
+
+    name = f"M{m}-N{n}-K{k}" + "".join(
+        f"-{part}"
+        for part, there in (
+            ("bias", bias),
+            (activation, activation),
+            ("residual", residual),
+            (backend, backend),
+        )
+        if there
+    )
+    return Case(
+        "matmul",
+        name,
+        inputs,
+        run,
+        lambda size: (m * k + n * k + m * n * (1 + residual) + n * bias) * size,
+        reference,
+        flops=2 * m * n * k,
+        peers={"torch": partial(_torch, activation)},
+        dtypes=dtypes,
+    )
+
+
+def _torch(
+    activation: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu_squared": lambda y: F.relu(y).square(),
+}
+
+CASES = (
+    *(_case(m, n, k, dtypes=HALVES) for m in (1, 16, 128, 4096) for n, k in LAYERS),
+    *(_case(m, 128256, 4096, dtypes=HALVES) for m in (1, 16)),  # logits
+    *(_case(m, 4096, 14336, residual=True, dtypes=HALVES) for m in (1, 16, 4096)),
+    *(_case(m, 1024, 4096, dtypes=HALVES) for m in (1, 2, 16)),
+    *(_case(m, 6144, 4096, bias=True, dtypes=HALVES) for m in (1, 16)),  # Qwen2's qkv
+    *(
+        _case(m, 14336, 4096, bias=True, activation=act, residual=True)
+        for m, act in ((1, "silu"), (16, "gelu"), (128, "gelu_tanh"), (1, "relu_squared"))
+    ),
+    *(_case(m, 4096, 4096) for m in (1, 2, 4, 8, 16)),
+    _case(4096, 4096, 4096, backend="triton"),
+    _case(512, 14336, 4096, bias=True, activation="gelu", residual=True, backend="triton"),
+)
