@@ -98,7 +98,7 @@ def test_position_dtypes_and_strides(dtype, device):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_views_of_one_projection(interleaved, device):
-    """Only the rotated columns of q and k change, also where heads come before tokens."""
+    """Only the rotated columns of q and k change; so too where each has strides of its own."""
     qkv = torch.randn(5, 7 * 24, device=device)
     q, k, _ = (part.unflatten(1, (-1, 24)) for part in qkv.split((72, 48, 48), 1))
     cos, sin = tables(20, device)
@@ -106,11 +106,11 @@ def test_views_of_one_projection(interleaved, device):
     want = qkv.clone()
     want[:, :72] = plain(q, cos, sin, positions, interleaved).flatten(1)
     want[:, 72:120] = plain(k, cos, sin, positions, interleaved).flatten(1)
-    swapped = q.transpose(0, 1).contiguous().transpose(0, 1)
-    rope_(swapped, k.clone(), cos, sin, positions, interleaved=interleaved)
+    swapped, apart = q.transpose(0, 1).contiguous().transpose(0, 1), k.clone()
+    rope_(swapped, apart, cos, sin, positions, interleaved=interleaved)
     rope_(q, k, cos, sin, positions, interleaved=interleaved)
     torch.testing.assert_close(qkv, want)
-    torch.testing.assert_close(swapped, q)
+    torch.testing.assert_close((swapped, apart), (q, k))
 
 
 def test_tables_stay_float32(device):

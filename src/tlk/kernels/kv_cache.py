@@ -10,9 +10,10 @@ T·Hk·(Dk + Dv) elements and writes as many. A negative slot writes nowhere, so
 captured batch need no branch on the host.
 """
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, int64
+from torch import Tensor
 
 from tlk.kernels._check import (
     FLOATS,
@@ -125,7 +126,7 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     check_shape("v_cache", v_cache, k_cache.shape[0], heads, k_cache.shape[2], v.shape[2])
     _check_cache("k_cache", k_cache)
     _check_cache("v_cache", v_cache)
-    check_dtype("slots", slots, int64)
+    check_dtype("slots", slots, torch.int64)
     check_shape("slots", slots, tokens)
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("slots", slots)):
         check_device(name, tensor, k.device)

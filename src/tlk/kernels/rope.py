@@ -10,9 +10,10 @@ would be off by degrees at long positions. One launch turns the heads of q and k
 of one token per program: 2·T·(H + Hk)·R·itemsize bytes.
 """
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, cat, float32, int32, int64, stack
+from torch import Tensor
 
 from tlk.kernels._check import (
     FLOATS,
@@ -33,7 +34,9 @@ def rope_reference_(
         h = x[..., :rotary].float()
         a, b = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
         turned = a * c - b * s, b * c + a * s
-        x[..., :rotary] = stack(turned, -1).flatten(-2) if interleaved else cat(turned, -1)
+        x[..., :rotary] = (
+            torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+        )
 
 
 def _nothing(
@@ -135,13 +138,13 @@ def rope_(
     check_shape("k", k, q.shape[0], None, q.shape[2])
     check_last_dim_contiguous("q", q)
     check_last_dim_contiguous("k", k)
-    check_dtype("cos", cos, float32)
-    check_dtype("sin", sin, float32)
+    check_dtype("cos", cos, torch.float32)
+    check_dtype("sin", sin, torch.float32)
     check_shape("cos", cos, None, None)
     check_shape("sin", sin, *cos.shape)
     if 2 * cos.shape[1] > q.shape[2]:
         raise ValueError(f"cos must have at most {q.shape[2] // 2} columns, got {cos.shape[1]}")
-    check_dtype("positions", positions, int32, int64)
+    check_dtype("positions", positions, torch.int32, torch.int64)
     check_shape("positions", positions, q.shape[0])
     for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
         check_device(name, tensor, q.device)
