@@ -151,15 +151,13 @@ def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def _attend_tiles(
-    acc, total, top, q, position, begin, end, first, last, table_ptr, k_ptr, v_ptr,
-    k_page, v_page, scale, cap,
-    MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, TWINS: tl.constexpr,
+    acc, total, top, q, position, first, last, begin, full_begin, full_end, end,
+    table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    BRANCH: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
 
-    Without MASK every row sees every key of these tiles. With it, keys outside [first, last) are
-    not read.
+    Keys outside [first, last) are not read; tiles [full_begin, full_end) need no other mask.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, triton.next_power_of_2(D))
@@ -173,13 +171,10 @@ def _attend_tiles(
         key = tile * BLOCK_N + n
         slot = n % PAGE if BLOCK_N % PAGE == 0 else key % PAGE
         seen = (key >= first) & (key < last)
-        k_mask = (d < D)[None, :]
-        v_mask = (dv < DV)[None, :]
-        if MASK:
-            k_mask = k_mask & seen[:, None]
-            v_mask = v_mask & seen[:, None]
         tile_at = page.to(tl.int64) * k_page + (slot[:, None] * D + d[None, :])
-        k = tl.load(k_ptr + tile_at, mask=k_mask, other=0.0)  # [BLOCK_N, D]
+        k = tl.load(
+            k_ptr + tile_at, mask=seen[:, None] & (d < D)[None, :], other=0.0
+        )  # [BLOCK_N, D]
         if DOT:
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
@@ -188,7 +183,10 @@ def _attend_tiles(
         if SOFTCAP:
             s = _tanh(s * scale, k.dtype == tl.float32) * cap
             unit = 1.0
-        if MASK:
+        masked = True
+        if BRANCH:
+            masked = (tile < full_begin) | (tile >= full_end)
+        if masked:
             visible = key[None, :] <= position[:, None]
             if WINDOW:
                 visible = visible & (position[:, None] - key[None, :] < WINDOW)
@@ -200,7 +198,9 @@ def _attend_tiles(
         acc = acc * decay[:, None]
         if not TWINS:
             tile_at = page.to(tl.int64) * v_page + (slot[:, None] * DV + dv[None, :])
-        v = tl.load(v_ptr + tile_at, mask=v_mask, other=0.0)  # [BLOCK_N, DV]
+        v = tl.load(
+            v_ptr + tile_at, mask=seen[:, None] & (dv < DV)[None, :], other=0.0
+        )  # [BLOCK_N, DV]
         if DOT:
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         else:
@@ -265,8 +265,8 @@ def _paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, lse_ptr,
     q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits, scale, cap,
     GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, ONE_LOOP: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr,
+    BRANCH: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
@@ -319,23 +319,11 @@ def _paged_attention_kernel(
     table_ptr += seq.to(tl.int64) * table_row
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
-    if ONE_LOOP:
-        full_begin = end
-        full_end = end
-    if WINDOW or ONE_LOOP:
-        acc, total, top = _attend_tiles(
-            acc, total, top, q, position, begin, full_begin, first, last, table_ptr, k_ptr, v_ptr,
-            k_page, v_page, scale, cap, True, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
-        )  # fmt: skip
-    if not ONE_LOOP:
-        acc, total, top = _attend_tiles(
-            acc, total, top, q, position, full_begin, full_end, first, last, table_ptr, k_ptr,
-            v_ptr, k_page, v_page, scale, cap, False, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
-        )  # fmt: skip
-        acc, total, top = _attend_tiles(
-            acc, total, top, q, position, full_end, end, first, last, table_ptr, k_ptr, v_ptr,
-            k_page, v_page, scale, cap, True, WINDOW, SOFTCAP, DOT, PAGE, D, DV, BLOCK_N, TWINS,
-        )  # fmt: skip
+    acc, total, top = _attend_tiles(
+        acc, total, top, q, position, first, last, begin, full_begin, full_end, end, table_ptr,
+        k_ptr, v_ptr, k_page, v_page, scale, cap, WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D, DV, BLOCK_N,
+        TWINS,
+    )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at = token * heads + head
     if SPLIT:
@@ -376,13 +364,18 @@ def _combine_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How a call runs: tile sizes, and `dot` for tensor cores or else multiply and sum."""
+    """How a call runs: tile sizes, `dot` for tl.dot or else multiply and sum, and `branch`.
+
+    `branch` skips the mask of tiles that need none. A branch between its two dots costs mma.sync
+    the layout in which scores stay in registers; wgmma and tcgen05 keep theirs.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     dot: bool = True
+    branch: bool = False
 
 
 def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Config:
@@ -462,7 +455,7 @@ def _launch(
         softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
         softcap * LOG2_E.value,
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
-        SINKS=sinks is not None, DOT=config.dot, ONE_LOOP=config.block_m <= 16, PAGE=page_size,
+        SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_S=triton.next_power_of_2(seqs + 1), TWINS=k_cache.stride() == v_cache.stride(),
         num_warps=config.num_warps, num_stages=config.num_stages,
