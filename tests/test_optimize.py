@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.models.zoo import tiny
 from tlk.hf.cache import PagedCache
 from tlk.kernels._op import count_ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "nemotron"]
 FIELDS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": True},
@@ -35,7 +37,7 @@ FIELDS: dict[str, dict[str, object]] = {
 
 
 def fresh(family="llama", **fields):
-    model = tiny(family, **(FIELDS[family] | fields))
+    model = tiny(family, **(FIELDS[family] | fields)).to(DEVICE)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -50,7 +52,7 @@ def prompts(rows=2, count=11):
     ids = torch.randint(1, 99, (rows, count), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    return ids, mask
+    return ids.to(DEVICE), mask.to(DEVICE)
 
 
 def close(actual, expected, mask=None):
@@ -84,7 +86,7 @@ def test_logits_are_those_of_transformers(family, ran):
         model(ids, attention_mask=right).logits, original(ids, attention_mask=right).logits, right
     )
     close(model(inputs_embeds=original.model.embed_tokens(ids)).logits, original(ids).logits)
-    positions = torch.arange(11)[None] + 5
+    positions = torch.arange(11, device=DEVICE)[None] + 5
     close(model(ids, position_ids=positions).logits, original(ids, position_ids=positions).logits)
 
 
@@ -155,6 +157,14 @@ LINEARS = {
 }
 
 
+def by_op(counts):
+    """The counts without what ran the ops: "matmul[triton]" and "matmul[cublas]" as "matmul"."""
+    totals = Counter()
+    for name, n in counts.items():
+        totals[name.partition("[")[0]] += n
+    return totals
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_ops_of_a_forward_are_counted(family):
@@ -163,24 +173,26 @@ def test_the_ops_of_a_forward_are_counted(family):
     with count_ops() as counts:
         cache = model(ids).past_key_values
     expected = LINEARS[family] | {"rope_": 2, "write_kv_": 2, "paged_attention": 2}
-    assert counts == {f"{name}[reference]": n for name, n in expected.items()}
+    assert by_op(counts) == expected
+    if DEVICE == "cpu":
+        assert set(counts) == {f"{name}[reference]" for name in expected}
     with count_ops() as decode:
         model(ids[:, :1], past_key_values=cache)
-    assert decode == counts
+    assert by_op(decode) == by_op(counts)
     assert tlk.report(model).ops == {"prefill": counts, "decode": decode}
 
 
 @torch.no_grad()
 def test_report_counts_what_it_can_before_anything_ran():
     report = tlk.report(tlk.optimize(fresh()))
-    assert report.ops["prefill"]["paged_attention[reference]"] == 2
-    assert report.forwards == {} and "paged_attention[reference]" in str(report)
+    assert by_op(report.ops["prefill"])["paged_attention"] == 2
+    assert report.forwards == {} and "paged_attention[" in str(report)
     assert report.to_dict()["family"] == "llama"
 
 
 class Twice(LogitsProcessor):
     def __call__(self, input_ids, scores):
-        return scores * torch.linspace(0.1, 2, scores.shape[-1])
+        return scores * torch.linspace(0.1, 2, scores.shape[-1], device=scores.device)
 
 
 class After(StoppingCriteria):
@@ -240,7 +252,7 @@ def test_generate_returns_scores_and_its_cache(ran):
     assert isinstance(ours.past_key_values, PagedCache)
     # and the conversation goes on from that cache
     more = torch.cat([ours.sequences, ids[:, :3]], 1)
-    wide = torch.cat([mask, torch.ones(2, 8, dtype=mask.dtype)], 1)
+    wide = torch.cat([mask, mask[:, -1:].expand(-1, 8)], 1)
     kwargs["attention_mask"] = wide
     a = model.generate(more, past_key_values=ours.past_key_values, **kwargs)
     assert torch.equal(a.sequences, original.generate(more, **kwargs).sequences)
@@ -331,11 +343,11 @@ def test_another_cache_stays_with_the_original():
 def test_masks_of_another_kind_go_to_the_original():
     original, model = pair()
     ids, _ = prompts()
-    mask = torch.ones(2, 1, 11, 11).tril().bool()
+    mask = torch.ones(2, 1, 11, 11, device=DEVICE).tril().bool()
     mask[:, :, 5:, :2] = False
     with pytest.warns(tlk.FallbackWarning, match="4-D attention_mask"), torch.no_grad():
         close(model(ids, attention_mask=mask).logits, original(ids, attention_mask=mask).logits)
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]])
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]], device=DEVICE)
     with pytest.warns(tlk.FallbackWarning, match="packed"), torch.no_grad():
         kwargs = {"position_ids": packed, "use_cache": False}
         close(model(ids[:1], **kwargs).logits, original(ids[:1], **kwargs).logits)
@@ -351,7 +363,7 @@ def test_pipeline(ran):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=" ")
     texts = []
     for model in pair():
-        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device=DEVICE)
         out = pipe(["def f", "import os, sys"], do_sample=False, max_new_tokens=8, batch_size=2)
         texts.append([row[0]["generated_text"] for row in out])
     ran(model)
@@ -656,7 +668,7 @@ def test_bad_input():
 def test_empty_batches_and_long_prompts(ran):
     original, model = pair(max_position_embeddings=16)
     ran(model)
-    assert model(torch.zeros(0, 5, dtype=torch.long)).logits.shape == (0, 5, 99)
+    assert model(torch.zeros(0, 5, dtype=torch.long, device=DEVICE)).logits.shape == (0, 5, 99)
     ids, _ = prompts(
         1, 40
     )  # beyond max_position_embeddings: transformers computes it, and so do we

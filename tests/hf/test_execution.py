@@ -1,0 +1,39 @@
+import torch
+
+from tests.models.zoo import tiny
+from tlk.hf import call
+from tlk.hf.execution import Execution, Optimized, optimized_class
+from tlk.optimize import optimize
+
+
+def test_the_class_is_made_once_and_keeps_its_name():
+    base = type(tiny("llama"))
+    cls = optimized_class(base)
+    assert cls is optimized_class(base) is optimized_class(cls)
+    assert (cls.__name__, cls.__module__, cls.__qualname__) == (
+        base.__name__,
+        base.__module__,
+        base.__qualname__,
+    )
+    assert issubclass(cls, base) and issubclass(cls, Optimized)
+
+
+def test_decode_in_generate_examines_nothing(monkeypatch):
+    """The prefill reads its mask and positions back from the device, once; decode steps do not."""
+    model = optimize(tiny("llama"))
+    seen = []
+    examine = call._examine
+    monkeypatch.setattr(call, "_examine", lambda *a: seen.append(a) or examine(*a))
+    ids = torch.randint(1, 99, (2, 5))
+    model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert len(seen) == 1
+
+
+def test_a_refusal_is_not_tried_again_at_every_call():
+    state, model = Execution(), tiny("llama").double()
+    for _ in range(2):
+        try:
+            state.ready(model)
+        except Exception as error:
+            assert "float64" in str(error)
+    assert "float64" in state.refused and state.binding is None
