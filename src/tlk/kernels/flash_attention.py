@@ -11,11 +11,9 @@ by the diagonal, the window or the end of the keys pay for one. 2·(D + Dv) flop
 query and key and head; q, k, v and o move through device memory about once.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,9 +28,9 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm
 from tlk.kernels._op import op
+from tlk.kernels._torch_attention import attend, by_sequence, sdpa
 
 MAX_HEAD_DIM = 256
-REFERENCE_ROWS = 1024  # queries whose scores the reference holds at once
 L2_BYTES = 32 << 20  # keys and values that blocks running side by side may read
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -52,96 +50,15 @@ def flash_attention_reference(
     max_k: int,
 ) -> Tensor:
     """Attention of `q` [B, Sq, H, D] or [T, H, D] in float32, rounded once; see `flash_attention`."""
-    attend = partial(
-        _attend,
+    run = partial(
+        attend,
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
         softcap=softcap,
         sinks=sinks,
     )
-    return _by_sequence(attend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    len_q: Tensor,
-    len_k: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention of a batch whose sequence b has `len_q[b]` queries and `len_k[b]` keys."""
-    heads, kv_heads = q.shape[2], k.shape[2]
-    # An extra logit without a value keeps the softmax defined for rows that see no key.
-    extra = torch.full((heads,), -torch.inf, device=q.device) if sinks is None else sinks.float()
-    parts = []
-    for start in range(0, q.shape[1], REFERENCE_ROWS):
-        rows = q[:, start : start + REFERENCE_ROWS].unflatten(2, (kv_heads, -1)).float()
-        scores = torch.einsum("bikgd,bjkd->bkgij", rows, k.float()) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        span = (start, start + rows.shape[1])
-        seen = _visible(span, k.shape[1], len_q, len_k, causal, window)[:, None, None]
-        scores = scores.masked_fill(~seen, -torch.inf)
-        logit = extra.view(kv_heads, -1, 1, 1).expand(*scores.shape[:1], -1, -1, rows.shape[1], -1)
-        scores = torch.cat([scores, logit], -1)
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        p = torch.exp(scores - top)
-        p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        parts.append(torch.einsum("bkgij,bjkd->bikgd", p[..., :-1], v.float()).flatten(2, 3))
-    empty = q.new_empty(*q.shape[:-1], v.shape[-1])
-    return torch.cat(parts, 1).to(q.dtype) if parts else empty
-
-
-def _visible(
-    rows: tuple[int, int], columns: int, len_q: Tensor, len_k: Tensor, causal: bool, window: int
-) -> Tensor:
-    """Which keys [0, columns) the queries `rows` of each sequence see: bool [B, rows, columns]."""
-    i = torch.arange(*rows, device=len_q.device)[None, :, None]
-    j = torch.arange(columns, device=len_q.device)[None, None, :]
-    ahead = j - (i + (len_k - len_q)[:, None, None])  # the last query stands at the last key
-    seen = (j < len_k[:, None, None]).expand_as(ahead)
-    if causal:
-        seen = seen & (ahead <= 0)
-    if window:
-        seen = seen & (ahead > -window) & (ahead < window)
-    return seen
-
-
-def _by_sequence(
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-) -> Tensor:
-    """`attend` a dense batch, or concatenated sequences after padding them to one length."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        lengths = (torch.full((1,), n, device=q.device) for n in (max_q, max_k))
-        return attend(q, k, v, *lengths)
-    rows = _padded_rows(cu_seqlens_q, max_q, q.shape[0])
-    columns = _padded_rows(cu_seqlens_k, max_k, k.shape[0])
-    q_pad, k_pad, v_pad = (
-        torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
-        for x, index in ((q, rows), (k, columns), (v, columns))
-    )
-    out = q.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
-    out[rows] = attend(q_pad, k_pad, v_pad, cu_seqlens_q.diff(), cu_seqlens_k.diff())
-    return out[:-1].clone()
-
-
-def _padded_rows(cu_seqlens: Tensor, longest: int, total: int) -> Tensor:
-    """Row of token i of sequence s, or `total` where the sequence has none: [S, longest]."""
-    rows = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
-    return torch.where(rows < cu_seqlens[1:, None], rows, total).long()
+    return by_sequence(run, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
 
 
 @triton.jit
@@ -344,23 +261,29 @@ def _flash_attention_kernel(
     tl.store(o_ptr + o_tile, acc.to(o_ptr.dtype.element_ty), mask=o_mask)
 
 
-def default_config(sm: int, itemsize: int, head_dim: int, rows: int) -> dict[str, int]:
-    """Blocks that fit the registers and shared memory of `sm`; head_dim is the larger of D and Dv.
+def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> dict[str, int]:
+    """Blocks that fit the registers and the shared memory of `sm`, for at most `rows` queries.
 
-    Measured by compiling: none spills, the largest takes 97 of the 99 KiB of sm_86, 89 and 120.
+    Found by compiling: larger ones spill, or exceed the 99 KiB of sm_86, sm_89 and sm_120.
     """
-    wide, roomy = head_dim > 128, sm in (80, 87, 90, 100, 103)  # at least 163 KiB
+    head_dim, roomy = max(d_qk, d_v), sm in (80, 87, 90, 100, 103)  # roomy: at least 163 KiB
     if itemsize == 4:
-        m, n, warps, stages = (32, 16, 8, 2) if wide else (64, 16, 8, 2)
-    elif wide:
-        m, n, warps, stages = (64, 64, 8, 2) if roomy else (64, 32, 8, 2)
-    elif sm == 90:
-        m, n, warps, stages = (128, 128, 8, 2)
+        m, n, stages = (64, 16, 2) if head_dim <= 128 else (32, 16, 2)
+    elif head_dim <= 64:
+        m, n, stages = (128, 128, 2) if sm == 90 else (128, 64, 3)
+    elif head_dim <= 128:
+        m, n, stages = (128, 128, 2) if sm == 90 else (128, 64, 3 if roomy else 2)
+    elif d_v <= 128 and sm == 90:
+        m, n, stages = 128, 64, 2
     else:
-        m, n, warps, stages = (128, 64, 8, 3) if roomy or head_dim <= 64 else (128, 64, 8, 2)
-    if rows <= 16:
-        m, warps = 16, 4
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        m, n, stages = (64, 64, 2) if roomy else (64, 32, 2)
+    few = rows <= 16
+    return {
+        "BLOCK_M": 16 if few else m,
+        "BLOCK_N": min(n, 64) if few else n,
+        "num_warps": 4 if few else 8,
+        "num_stages": stages,
+    }
 
 
 def _fake(q, k, v, *_):
@@ -394,8 +317,8 @@ def _flash_attention(
     if runner == "torch":
         return flash_attention_reference(q, k, v, *options, *lengths)
     if runner == "sdpa":
-        sdpa = partial(_sdpa, softmax_scale=softmax_scale, causal=causal, window=window)
-        return _by_sequence(sdpa, q, k, v, *lengths)
+        run = partial(sdpa, softmax_scale=softmax_scale, causal=causal, window=window)
+        return by_sequence(run, q, k, v, *lengths)
     # Rows of no sequence are written by no program.
     make = q.new_empty if cu_seqlens_q is None else q.new_zeros
     out = make(*q.shape[:-1], v.shape[-1])
@@ -424,7 +347,7 @@ def _launch(
     varlen = cu_seqlens_q is not None
     pairs = heads * (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
     strides = [(0, *x.stride()[:2]) if varlen else x.stride()[:3] for x in (q, k, v)]
-    config = default_config(sm(q.device), q.element_size(), max(dqk, dv), max_q)
+    config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q)
     wave = group * max(1, L2_BYTES // max(1, max_k * (dqk + dv) * q.element_size()))
     _flash_attention_kernel[(triton.cdiv(max_q, config["BLOCK_M"]) * pairs,)](
         q,
@@ -455,29 +378,6 @@ def _launch(
         DV=dv,
         **config,
     )
-
-
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    len_q: Tensor,
-    len_k: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window: int,
-) -> Tensor:
-    """`_attend` by torch, for GPUs on which Triton has no tensor cores."""
-    group = q.shape[2] // k.shape[2]
-    seen = _visible((0, q.shape[1]), k.shape[1], len_q, len_k, causal, window)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.repeat_interleave(group, 2).transpose(1, 2),
-        v.repeat_interleave(group, 2).transpose(1, 2),
-        attn_mask=seen[:, None],
-        scale=softmax_scale,
-    )
-    return out.transpose(1, 2).masked_fill(~seen.any(-1)[..., None, None], 0)
 
 
 def flash_attention(
