@@ -53,7 +53,7 @@ def test_good_code_passes(capability):
     metrics, wrong = matmul(capability, (64, 64, 32))
     assert wrong == []
     assert metrics.wants_tensor_cores and metrics.tensor_core_ops > 0
-    assert metrics.loads_128 > 0 and metrics.registers > 16 and metrics.loop_instructions > 10
+    assert metrics.loads_128 > 0 and metrics.registers > 16
     assert 0 < metrics.shared <= aot.GPUS[capability].shared and metrics.sm == capability
 
 

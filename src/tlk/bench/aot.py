@@ -21,20 +21,7 @@ from tlk.bench.case import Case, Inputs, load_cases
 from tlk.kernels.aot import GPUS, Failure, Metrics, dry_run, forked, measure, violations
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COLUMNS = [
-    "kernel",
-    "sm",
-    "warps",
-    "shared",
-    "regs",
-    "spill",
-    "mma",
-    "ld128",
-    "ld64",
-    "ld32",
-    "code",
-    "loop",
-]
+COLUMNS = ["kernel", "sm", "warps", "shared", "regs", "spill", "mma", "ld128", "ld64", "ld32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +99,7 @@ def table(kernels: list[Metrics]) -> str:
     rows = [COLUMNS]
     for m in sorted(kernels, key=lambda m: (m.kernel, m.sm)):
         values = (m.num_warps, m.shared, m.registers, m.spill_bytes, m.tensor_core_ops)
-        loads = (m.loads_128, m.loads_64, m.loads_32, m.instructions, m.loop_instructions)
+        loads = (m.loads_128, m.loads_64, m.loads_32)
         rows.append([m.kernel, *(str(v) for v in (m.sm, *values, *loads))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
