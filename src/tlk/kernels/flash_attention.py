@@ -344,36 +344,27 @@ def _launch(
 ) -> None:
     heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
     dqk, dv = q.shape[-1], v.shape[-1]
-    varlen = cu_seqlens_q is not None
+    dense = cu_seqlens_q is None
     pairs = heads * (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
-    strides = [(0, *x.stride()[:2]) if varlen else x.stride()[:3] for x in (q, k, v)]
-    config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q)
     wave = group * max(1, L2_BYTES // max(1, max_k * (dqk + dv) * q.element_size()))
+    config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q)
+    tensors = (q, k, v, out, sinks, cu_seqlens_q, cu_seqlens_k)
+    strides = [n for x in (q, k, v) for n in (x.stride()[:3] if dense else (0, *x.stride()[:2]))]
+    counts = (heads, group, pairs, min(wave, pairs), min(window, max_q + max_k))
+    scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value
     _flash_attention_kernel[(triton.cdiv(max_q, config["BLOCK_M"]) * pairs,)](
-        q,
-        k,
-        v,
-        out,
-        sinks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        *strides[0],
-        *strides[1],
-        *strides[2],
+        *tensors,
+        *strides,
         max_q,
         max_k,
-        heads,
-        group,
-        pairs,
-        min(wave, pairs),
-        min(window, max_q + max_k),
-        softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
+        *counts,
+        scale,
         softcap * LOG2_E.value,
         CAUSAL=causal,
         WINDOW=window > 0,
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
-        VARLEN=varlen,
+        VARLEN=not dense,
         DQK=dqk,
         DV=dv,
         **config,
@@ -413,16 +404,20 @@ def flash_attention(
     _check_tensors(q, k, v, sinks, varlen=cu_seqlens_q is not None)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:
-        raise ValueError(f"softmax_scale must be > 0, got {scale}")
-    if window < 0:
-        raise ValueError(f"window must be >= 0, got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must be >= 0, got {softcap}")
+    _check_options(scale, window, softcap)
     longest = (q.shape[1] if max_q is None else max_q, k.shape[1] if max_k is None else max_k)
     return _flash_attention(
         q, k, v, scale, causal, window, softcap, sinks, cu_seqlens_q, cu_seqlens_k, *longest
     )
+
+
+def _check_options(softmax_scale: float, window: int, softcap: float) -> None:
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale must be > 0, got {softmax_scale}")
+    if window < 0:
+        raise ValueError(f"window must be >= 0, got {window}")
+    if softcap < 0:
+        raise ValueError(f"softcap must be >= 0, got {softcap}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, varlen: bool) -> None:
