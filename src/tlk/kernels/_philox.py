@@ -37,15 +37,16 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def gumbel_reference(seeds: Tensor, offsets: Tensor, n_cols: int) -> Tensor:
     """The noise g [S, V] float32 of requests with `seeds` [S] at `offsets` [S]."""
-    n = triton.cdiv(n_cols, 4 * QUARTER) * QUARTER
-    zero = torch.zeros(len(seeds), n, dtype=torch.int64, device=seeds.device)
-    counter = zero + torch.arange(n, device=seeds.device)
+    blocks, width = triton.cdiv(n_cols, 4 * QUARTER), min(n_cols, QUARTER)
+    place = torch.arange(width, device=seeds.device)
+    place = (torch.arange(blocks, device=seeds.device)[:, None] * QUARTER + place).flatten()
+    zero = torch.zeros(len(seeds), len(place), dtype=torch.int64, device=seeds.device)
     seed, offset = seeds[:, None], offsets[:, None]
     words = philox_reference(
-        [counter, zero, zero + (offset & 0xFFFFFFFF), zero + (offset >> 32 & 0xFFFFFFFF)],
+        [zero + place, zero, zero + (offset & 0xFFFFFFFF), zero + (offset >> 32 & 0xFFFFFFFF)],
         [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF],
     )
-    bits = torch.stack([w.view(len(seeds), n // QUARTER, QUARTER) for w in words], 2)
+    bits = torch.stack([w.view(len(seeds), blocks, width) for w in words], 2)
     u = bits.flatten(1)[:, :n_cols].float() * 2.0**-32 + 2.0**-33
     u = u.clamp(max=1 - 2.0**-24)
     return -torch.where(u < 0.0625, _series(u), -torch.log(1 - u)).log()

@@ -74,17 +74,19 @@ def apply_penalties_reference(
 def top_logprobs_reference(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     x = cleaned(logits)
     values, ids = x.sort(dim=-1, descending=True, stable=True)
-    values, ids = values[:, :n], ids[:, :n]
-    lse = x.logsumexp(-1, keepdim=True)
-    logprobs = torch.where(values > -torch.inf, values - lse, -torch.inf)
-    return _token_logprobs(x, tokens), torch.where(values > -torch.inf, ids, -1), logprobs
+    ids = ids[:, :n].where(values[:, :n] > -torch.inf, -1)
+    values = _logprobs(x).gather(-1, ids.clamp(min=0)).where(ids >= 0, -torch.inf)
+    return _token_logprobs(x, tokens), ids, values
+
+
+def _logprobs(x: Tensor) -> Tensor:
+    return torch.where(x > -torch.inf, x.log_softmax(-1), -torch.inf)
 
 
 def _token_logprobs(x: Tensor, tokens: Tensor) -> Tensor:
     inside = (tokens >= 0) & (tokens < x.shape[-1])
-    value = x.gather(-1, tokens.where(inside, 0)[:, None])[:, 0]
-    value = torch.where(inside, value, -torch.inf)
-    return torch.where(value > -torch.inf, value - x.logsumexp(-1), -torch.inf)
+    value = _logprobs(x).gather(-1, tokens.where(inside, 0)[:, None])[:, 0]
+    return value.where(inside, -torch.inf)
 
 
 @triton.jit
@@ -238,15 +240,15 @@ def _top_logprobs_kernel(
     row_ptr = logits_ptr + row * stride
     v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
     top = tl.maximum(tl.max(v0, 0), LOWEST)
-    lse = top + tl.log(row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK))
+    log_mass = tl.log(tl.maximum(row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK), 1.0))
     x = load_row(row_ptr, tl.load(tokens_ptr + row), n_cols)
-    tl.store(token_logprobs_ptr + row, tl.where(x > float("-inf"), x - lse, x))
+    tl.store(token_logprobs_ptr + row, tl.where(x > float("-inf"), x - top - log_mass, x))
     for i in range(n):
         value = tl.max(v0, 0)
         column = tl.min(tl.where(v0 == value, c0, n_cols), 0)
         exists = value > float("-inf")
         tl.store(ids_ptr + row * n + i, tl.where(exists, column, -1).to(tl.int64))
-        tl.store(logprobs_ptr + row * n + i, tl.where(exists, value - lse, value))
+        tl.store(logprobs_ptr + row * n + i, tl.where(exists, value - top - log_mass, value))
         hit = (v0 == value) & (c0 == column)
         v0, v1, v2 = tl.where(hit, v1, v0), tl.where(hit, v2, v1), tl.where(hit, v3, v2)
         c0, c1, c2 = tl.where(hit, c1, c0), tl.where(hit, c2, c1), tl.where(hit, c3, c2)
