@@ -19,6 +19,7 @@ from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
 
 
 def one_step(decoder, lengths=(5, 3)):
@@ -129,3 +130,13 @@ def test_longer_models_run_the_same_ops_per_layer():
         return counts.total()
 
     assert count(3) - count(2) == count(2) - count(1) == 8
+
+
+def test_what_inference_mode_made_is_of_use_outside():
+    decoder = decoder_of(tiny("llama", rope_parameters=DYNAMIC))
+    with torch.inference_mode():
+        batch, cache = one_step(decoder)
+        expected = decoder(torch.arange(8), batch, cache)
+    decoder.prepare(80)
+    decoder.prepare(5)
+    assert torch.equal(decoder(torch.arange(8), batch, cache), expected)

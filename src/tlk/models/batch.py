@@ -88,7 +88,8 @@ class KVCache:
         layers = []
         for spec, group in zip(specs, of_layer, strict=True):
             shape = (num_pages[group], spec.kv_heads, spec.page_size)
-            k = torch.empty(*shape, spec.k_dim, dtype=spec.dtype, device=device)
-            v = torch.empty(*shape, spec.v_dim, dtype=spec.dtype, device=device)
+            with torch.inference_mode(False):  # its tensors could not be written outside of it
+                k = torch.empty(*shape, spec.k_dim, dtype=spec.dtype, device=device)
+                v = torch.empty(*shape, spec.v_dim, dtype=spec.dtype, device=device)
             layers.append(LayerKV(k, v, group))
         return cls(tuple(layers))

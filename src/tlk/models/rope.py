@@ -54,8 +54,9 @@ class RotaryEmbedding(nn.Module):
         rows = self.cos.shape[0]
         if length > rows or device != self.cos.device:
             rows = max(length, 2 * rows)
-            self.cos = torch.empty(rows, self.cos.shape[1], dtype=torch.float32, device=device)
-            self.sin = torch.empty_like(self.cos)
+            with torch.inference_mode(False):  # its tensors could not be refilled outside of it
+                self.cos = torch.empty(rows, self.cos.shape[1], dtype=torch.float32, device=device)
+                self.sin = torch.empty_like(self.cos)
         elif chosen == self._chosen:
             return
         self._chosen = chosen
