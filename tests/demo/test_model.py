@@ -31,7 +31,7 @@ def test_it_is_what_its_card_says(embedded, card):
 
 def test_it_has_learnt_python(embedded, card):
     model, tokenizer = embedded
-    assert card["held_out_bits_per_byte"] < 1.73  # what xz -9e needs for the same modules at once
+    assert card["held_out_bits_per_byte"] < 1.2  # xz -9e needs 1.73 for all of them at once
     # the first lines of a module are its hardest, and every Python has slightly different ones
     bits = held_out_bits_per_byte(model, tokenizer, bytes_per_module=3000)
     assert bits < 1.3 * card["held_out_bits_per_byte"]

@@ -17,7 +17,7 @@ from tlk.demo.generate import EMBEDDED, encode, load
 from tlk.hf.cache import PagedCache
 from tlk.optimize import Report, optimize, report
 
-PROMPT = "class Reader:\n    def __init__(self, path):\n"
+PROMPT = 'def open_file(path, mode=\'r\'):\n    """'
 REPEATS = 3
 
 
