@@ -217,12 +217,13 @@ def test_equal_logits_are_drawn_evenly(dtype, device, small_tiles):
 
 
 def test_largest_logits_in_one_lane(device, small_tiles):
-    """The top 12 share a lane that holds four, so top-k has to search the row."""
-    logits = torch.randn(3, 800, device=device)
-    logits[:, 5::64] += 9
-    agrees(
-        logits, requests([(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.9, 0.0)], device)
-    )
+    """The top 12 share a lane that holds four, so top-k and the mass it leaves need the row."""
+    logits = torch.randn(800)
+    logits[5::64] = 9 - 0.1 * torch.randperm(13)
+    settings = [(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.9, 0.0)]
+    # of the 12, e^-0.1 apart, 0.3 of the mass is in three; of the four in the lane, in two
+    settings += [(1.0, 12, 0.3, 0.0)] * 5
+    agrees(logits.expand(8, -1).to(device), requests(settings, device))
 
 
 def test_masked_tokens_are_never_drawn(device, small_tiles):
@@ -362,6 +363,14 @@ def test_top_logprobs_of_one_lane(device, small_tiles):
     logits[0, 9::64] += 20
     _, ids, _ = top_logprobs(logits, torch.zeros(1, dtype=torch.int64, device=device), 12)
     assert ids.cpu().tolist() == logits.cpu().sort(-1, descending=True).indices[:, :12].tolist()
+
+
+def test_top_logprobs_of_equals_in_one_lane(device, small_tiles):
+    logits = torch.randn(1, 700)
+    logits[0, 9::64] = 20.0
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    _, ids, _ = top_logprobs(logits.to(device), token, 11)
+    assert ids.tolist() == [list(range(9, 700, 64))]
 
 
 def test_top_logprobs_lists_no_impossible_token(device, small_tiles):
