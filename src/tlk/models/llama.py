@@ -1,5 +1,7 @@
 """Llama 1 to 3.3, and what its architecture serves unchanged. https://arxiv.org/abs/2407.21783"""
 
+from dataclasses import replace
+
 from tlk.models import hf_fields
 from tlk.models.config import (
     AttentionConfig,
@@ -50,27 +52,22 @@ def decoder(
     heads, kv_heads, head_dim = hf_fields.head_counts(hf, head_dim)
     norm = NormConfig("rms", hf.get("rms_norm_eps", 1e-6))
     mlp = GatedMLPConfig(size, hf_fields.activation(hf, "silu", gated=True), mlp_bias)
-    rope = hf_fields.rope(hf, head_dim)
-
-    def layer(window: int) -> LayerConfig:
-        attention = AttentionConfig(
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            v_head_dim=head_dim,
-            softmax_scale=head_dim**-0.5,
-            rope=rope,
-            bias=bias,
-            out_bias=out_bias,
-            qk_norm=norm if qk_norm else None,
-            window=window,
-        )
-        return LayerConfig(attention, mlp, input_norm=norm, post_norm=norm)
-
+    attention = AttentionConfig(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        softmax_scale=head_dim**-0.5,
+        rope=hf_fields.rope(hf, head_dim),
+        bias=bias,
+        out_bias=out_bias,
+        qk_norm=norm if qk_norm else None,
+    )
+    layer = LayerConfig(attention, mlp, input_norm=norm, post_norm=norm)
     return DecoderConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        layers=tuple(layer(window) for window in windows),
+        layers=tuple(replace(layer, attention=replace(attention, window=w)) for w in windows),
         final_norm=norm,
         max_position_embeddings=length,
         tie_embeddings=bool(hf.get("tie_word_embeddings")),
