@@ -56,7 +56,7 @@ def _gated_kernel(
     x_ptr, y_ptr, row_stride, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     pid = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (pid // blocks).to(tl.int64)
     cols = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = cols < WIDTH
