@@ -39,7 +39,7 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._op import op
-from tlk.kernels._tl import activate
+from tlk.kernels.activation import _activate
 from tlk.kernels.tuning import Config, lookup
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu_squared")
@@ -77,13 +77,23 @@ def matmul_reference(
 
 
 @triton.jit
+def _activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu_squared":
+        y = tl.maximum(y, 0.0)
+        y = y * y
+    elif ACTIVATION is not None:
+        y = _activate(y, ACTIVATION)
+    return y
+
+
+@triton.jit
 def _store_outputs(
     y, m, n, bias_ptr, residual_ptr, y_ptr, rows, cols, stride_residual, ACTIVATION: tl.constexpr
 ):
     """The epilogue: y [BLOCK_M, BLOCK_N] is float32 until it is stored."""
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, n < cols, other=0.0).to(tl.float32)[None, :]
-    y = activate(y, ACTIVATION)
+    y = _activated(y, ACTIVATION)
     inside = (m < rows)[:, None] & (n < cols)[None, :]
     if residual_ptr is not None:
         at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
@@ -214,7 +224,7 @@ def _epilogue_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + n, n < N, other=0.0).to(tl.float32)
-    y = activate(y, ACTIVATION)
+    y = _activated(y, ACTIVATION)
     if residual_ptr is not None:
         at = residual_ptr + row * stride_residual + n
         y += tl.load(at, n < N, other=0.0).to(tl.float32)
