@@ -197,7 +197,7 @@ class Twice(LogitsProcessor):
 
 class After(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 17)
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= 17, device=input_ids.device)
 
 
 class Collect:
@@ -478,8 +478,8 @@ def test_saving_and_loading(tmp_path, ran):
     model.save_pretrained(tmp_path)
     ids, _ = prompts()
     for again in (
-        type(original).from_pretrained(tmp_path),
-        tlk.Qwen3ForCausalLM.from_pretrained(tmp_path),
+        type(original).from_pretrained(tmp_path).to(DEVICE),
+        tlk.Qwen3ForCausalLM.from_pretrained(tmp_path).to(DEVICE),
     ):
         assert torch.equal(
             again.model.layers[1].self_attn.k_proj.weight,
@@ -625,7 +625,7 @@ def test_a_model_with_tensor_subclasses_runs_its_original_forward():
 
 def test_unknown_families_work_as_before():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=99, n_positions=32)
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config).eval().to(DEVICE)
     ids, _ = prompts()
     want = model(ids).logits
     with pytest.warns(tlk.FallbackWarning, match=r"GPT2LMHeadModel .* of no family"):
@@ -693,3 +693,18 @@ def test_torch_compile_runs_it(ran):
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")
         close(compiled(ids).logits, original(ids).logits)
+
+
+def test_inference_mode_leaves_nothing_behind(ran):
+    original, model = pair("qwen3")
+    ran(model)
+    ids, mask = prompts()
+    with torch.inference_mode():
+        a = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        cache = model(ids, attention_mask=mask).past_key_values
+    b = original.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(a, b)
+    with torch.no_grad():  # what was made inside serves outside
+        wide = torch.cat([mask, mask[:, -1:]], 1)
+        model(ids[:, :1], attention_mask=wide, past_key_values=cache)
+        close(model(ids).logits, original(ids).logits)

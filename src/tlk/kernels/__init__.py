@@ -1,1 +1,34 @@
-"""Fused GPU operations on plain tensors. Knows torch and triton, and nothing else of tlk."""
+"""Fused GPU operations on plain tensors. Knows torch and triton, and nothing else of tlk.
+
+On a CPU every operation runs as its PyTorch reference.
+"""
+
+from tlk.kernels._op import count_ops
+from tlk.kernels.activation import gelu_and_mul, relu_squared, silu_and_mul
+from tlk.kernels.flash_attention import flash_attention
+from tlk.kernels.kv_cache import write_kv_
+from tlk.kernels.matmul import matmul
+from tlk.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from tlk.kernels.norm_linear import norm_linear
+from tlk.kernels.paged_attention import paged_attention
+from tlk.kernels.rope import rope_
+from tlk.kernels.sampling import apply_penalties_, sample, top_logprobs
+
+__all__ = [
+    "add_rms_norm",
+    "apply_penalties_",
+    "count_ops",
+    "flash_attention",
+    "gelu_and_mul",
+    "layer_norm",
+    "matmul",
+    "norm_linear",
+    "paged_attention",
+    "relu_squared",
+    "rms_norm",
+    "rope_",
+    "sample",
+    "silu_and_mul",
+    "top_logprobs",
+    "write_kv_",
+]

@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from subprocess import CalledProcessError
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tlk.kernels.toolchain import require_c_compiler
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,12 +60,19 @@ def op(
     def register(launch: Callable[P, R]) -> Callable[P, R]:
         name = launch.__name__.removeprefix("_")
 
+        def on_cuda(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return launch(*args, **kwargs)
+            except (RuntimeError, CalledProcessError):
+                require_c_compiler()  # if it is missing, that is the error to report
+                raise
+
         def on_cpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            run = reference if _PRETENDED.get() is None else launch
+            run = reference if _PRETENDED.get() is None else on_cuda
             return run(*args, **kwargs)
 
         _LIB.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
-        _LIB.impl(name, launch, "CUDA")
+        _LIB.impl(name, on_cuda, "CUDA")
         _LIB.impl(name, on_cpu, "CPU")
         torch.library.register_fake(f"tlk::{name}", fake or reference, lib=_LIB)
         if backend is not None:
