@@ -1,14 +1,18 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.interpreter import interpret
 from tests.kernels.check import check
-from tlk.kernels import norm_linear as module
 from tlk.kernels._op import count_ops
 from tlk.kernels.matmul import decode_config
 from tlk.kernels.norm_linear import norm_linear, norm_linear_reference
 
+module = importlib.import_module(
+    "tlk.kernels.norm_linear"
+)  # the package has the function by that name
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16 = torch.bfloat16
 EPS = 0.5  # large enough that forgetting it fails
