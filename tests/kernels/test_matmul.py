@@ -9,7 +9,9 @@ from tests.kernels.check import check
 from tlk.kernels._op import count_ops
 from tlk.kernels.matmul import CUBLAS, choose, launch, matmul, matmul_reference
 
-module = importlib.import_module("tlk.kernels.matmul")  # the package has the function by that name
+# the package shows the function of that name where an import statement would look
+module = importlib.import_module("tlk.kernels.matmul")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, "silu", "gelu", "gelu_tanh", "relu_squared"]
 BF16 = torch.bfloat16

@@ -10,9 +10,9 @@ from tlk.kernels._op import count_ops
 from tlk.kernels.matmul import decode_config
 from tlk.kernels.norm_linear import norm_linear, norm_linear_reference
 
-module = importlib.import_module(
-    "tlk.kernels.norm_linear"
-)  # the package has the function by that name
+# the package shows the function of that name where an import statement would look
+module = importlib.import_module("tlk.kernels.norm_linear")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16 = torch.bfloat16
 EPS = 0.5  # large enough that forgetting it fails
