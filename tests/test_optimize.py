@@ -612,15 +612,23 @@ def test_a_model_with_accelerate_hooks_runs_its_original_forward():
     assert torch.equal(model(ids).logits, want)
 
 
-def test_a_model_with_tensor_subclasses_runs_its_original_forward():
-    class Sharded(torch.Tensor):
-        pass
+@pytest.mark.skipif(DEVICE == "cuda", reason="the process group of this test is for CPU tensors")
+def test_a_model_with_sharded_weights_runs_its_original_forward(tmp_path):
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    model = fresh()
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Sharded))
-    with pytest.warns(tlk.FallbackWarning, match=r"up_proj\.weight is a Sharded"):
-        tlk.optimize(model)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = fresh()
+        layer = model.model.layers[0].mlp.up_proj
+        whole = distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        layer.weight = nn.Parameter(whole)
+        with pytest.warns(tlk.FallbackWarning, match=r"up_proj\.weight is a DTensor"):
+            assert type(tlk.optimize(model)) is type(fresh())
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_unknown_families_work_as_before():

@@ -291,3 +291,11 @@ def test_the_last_dimension_must_be_contiguous(name, device):
     args[name] = args[name].T.contiguous().T
     with pytest.raises(ValueError, match=f"{name} must have stride 1 in its last dimension"):
         matmul(args.pop("x"), args.pop("weight"), **args)
+
+
+def test_no_rows_are_counted_too(device):
+    """What would run is named for any shape, an empty one included."""
+    x, w = torch.zeros(0, 64, device=device), torch.zeros(32, 64, device=device)
+    with count_ops() as counts:
+        assert matmul(x, w).shape == (0, 32)
+    assert len(counts) == 1

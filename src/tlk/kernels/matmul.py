@@ -242,7 +242,7 @@ _KERNELS: dict[str, Any] = {
 def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int) -> Config:
     """The Triton configuration for up to `DECODE_ROWS` rows; fits every SM."""
     if arch < 80 or dtype == torch.float32 or m == 1:
-        block_m = min(triton.next_power_of_2(m), 8)
+        block_m = min(triton.next_power_of_2(max(m, 1)), 8)
         # 4 warps of 16-byte loads cover BLOCK_K, so that lanes meet only in the last reduction
         meta = {
             "BLOCK_M": block_m,
