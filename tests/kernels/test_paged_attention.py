@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import pytest
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor
 
 from tests.interpreter import interpret
 from tests.kernels.check import check
-from tlk.kernels import paged_attention as module
 from tlk.kernels.paged_attention import (
     default_config,
     paged_attention,
@@ -15,6 +15,7 @@ from tlk.kernels.paged_attention import (
     split_count,
 )
 
+module = import_module("tlk.kernels.paged_attention")  # tlk.kernels names the function so
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -41,11 +42,15 @@ class Requests:
         counts = [-(-n // self.page) for n in self.lengths]
         total = sum(counts) + 1  # page 0 belongs to nobody
         order = (torch.randperm(total - 1) + 1).tolist()
-        caches = [torch.full((total, self.kv_heads, self.page, d), torch.nan) for d in (self.d, self.dv)]
+        caches = [
+            torch.full((total, self.kv_heads, self.page, d), torch.nan) for d in (self.d, self.dv)
+        ]
         table = torch.full((len(counts), max(counts, default=0) + self.spare_pages), -(2**30))
         for s, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             pages = [order.pop() for _ in range(count)]
-            dense = [torch.randn(self.kv_heads, length, d).to(self.dtype) for d in (self.d, self.dv)]
+            dense = [
+                torch.randn(self.kv_heads, length, d).to(self.dtype) for d in (self.d, self.dv)
+            ]
             self.k.append(dense[0].to(self.device))
             self.v.append(dense[1].to(self.device))
             oldest = max(length - self.queries[s] - self.window + 1, 0) if self.window else 0
@@ -127,6 +132,193 @@ def test_decode(page, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prefill_and_decode_together(dtype, device):
-    r = Requests([1, 0, 70, 5, 1, 0], [40, 7, 70, 150, 1, 0], device, dtype, padding=3, page=16)
+@pytest.mark.parametrize("window", [0, 37])
+def test_prefill_and_decode_together(window, dtype, device):
+    lengths = [40, 7, 70, 150, 1, 0]
+    r = Requests([1, 0, 70, 5, 1, 0], lengths, device, dtype, padding=3, page=16, window=window)
+    assert not verify(r)[-3:].any(), "padding must be 0"
+
+
+@pytest.mark.parametrize("page", [1, 8, 32, 64, 96])
+def test_prefill_over_pages(page, device):
+    verify(Requests([33, 2], [129, page], device, torch.bfloat16, page=page, window=50))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(3, 1), (7, 1), (14, 2), (4, 4), (36, 2), (71, 1)])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_groups(queries, heads, kv_heads, device):
+    r = Requests([queries, queries], [50, 7], device, heads=heads, kv_heads=kv_heads)
     verify(r)
+    verify(Requests([queries, 0], [50, 7], device, torch.bfloat16, heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("d, dv", [(16, 64), (24, 16), (80, 80), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_dims(d, dv, dtype, device):
+    verify(Requests([1, 1], [40, 9], device, dtype, d=d, dv=dv))
+    verify(Requests([20, 1], [40, 9], device, dtype, d=d, dv=dv, padding=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 18])
+def test_options(queries, dtype, device):
+    r = Requests([queries, 1], [60, 35], device, dtype, window=21, heads=6)
+    sinks = torch.tensor([-2.0, 9.0, 0.5, 3.0, -torch.inf, 1.0], device=device).to(dtype)
+    verify(r, scale=0.7, softcap=3.0, sinks=sinks)
+    verify(r, scale=2.0, sinks=sinks)
+
+
+def split(queries, lengths, capacity, device, dtype=torch.bfloat16, **options):
+    """Requests in a table with room for `capacity` tokens, where keys are split over programs."""
+    return Requests(queries, lengths, device, dtype, page=64, spare_pages=capacity // 64, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_split_keys(queries, dtype, device):
+    r = split([queries, 0, 1], [700, 0, 65], 4096, device, dtype, padding=2, window=600)
+    verify(r, softcap=5.0, sinks=torch.randn(4, device=device))
+
+
+def test_the_kernels_ran_and_not_the_reference(device, monkeypatch):
+    grids = {}
+    for name in ("_paged_attention_kernel", "_combine_kernel"):
+        kernel = getattr(module, name)
+
+        class Spy:
+            def __getitem__(self, grid, name=name, kernel=kernel):
+                grids[name] = grid
+                return kernel[grid]
+
+        monkeypatch.setattr(module, name, Spy())
+    verify(split([1, 1], [300, 40], 4096, device))
+    assert grids["_paged_attention_kernel"][2] > 1 and grids["_combine_kernel"] == (2, 4)
+    grids.clear()
+    verify(Requests([1, 1], [30, 40], device))
+    assert list(grids) == ["_paged_attention_kernel"]
+
+
+@pytest.mark.parametrize("capacity", [64, 4096])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_rows_that_see_nothing_are_zero(queries, capacity, device):
+    r = split([queries] * 3, [0, 2, 0], capacity, device, torch.float32, padding=2)
+    r.lengths = [2, 2, 2]  # the sequence that has tokens, as the oracle sees it
+    out = paged_attention(*r.args, sinks=torch.ones(4, device=device))
+    shown = out.abs().amax((1, 2)) > 0
+    start = queries + max(queries - 2, 0)  # queries before the first token see nothing either
+    want = torch.zeros_like(shown)
+    want[start : 2 * queries] = True
+    assert torch.equal(shown, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_no_sequence(tokens, device):
+    r = Requests([], [], device, padding=tokens)
+    assert not paged_attention(*r.args).any()
+    q, *rest = r.args
+    assert not paged_attention(q, *rest[:-1], 1).any()
+    assert paged_attention(q[:0], *rest).shape == (0, 4, 16)
+
+
+def test_large_scores_do_not_overflow(device):
+    r = Requests([5, 1], [40, 90], device, torch.float16)
+    r.q = r.q * 200
+    for x in (*r.k, r.caches[0]):
+        x *= 20
+    out = paged_attention(*r.args, softmax_scale=0.01)
+    # the weights are rounded before they are normalized, here to a larger number than after
+    check(out, dense(r, r.dtype, 0.01), dense(r, torch.float32, 0.01), factor=4.0)
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_a_batch_gives_what_its_requests_give_alone(queries, device):
+    r = Requests([queries, 40, 1], [77, 40, 200], device)
+    q, k, v, table, lens, _, longest = r.args
+    together = paged_attention(*r.args)
+    for s, n in enumerate(r.queries):
+        rows = slice(r.cu[s], r.cu[s + 1])
+        cu = torch.tensor([0, n], dtype=torch.int32, device=device)
+        one = (q[rows], k, v, table[s : s + 1], lens[s : s + 1], cu)
+        torch.testing.assert_close(paged_attention(*one, n), together[rows])
+        torch.testing.assert_close(paged_attention(*one, longest), together[rows])
+
+
+def test_caches_of_different_layout(device):
+    """K a slice of a pool of both, V its own: page strides differ, pages are contiguous."""
+    r = Requests([1, 12], [50, 33], device)
+    pool = torch.stack([r.caches[0], torch.full_like(r.caches[0], torch.nan)], 1)
+    r.caches[0] = pool[:, 0]
+    verify(r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_turing(dtype, device):
+    if device == "cuda":
+        pytest.skip("needs the interpreter of a machine without a GPU, to stand for sm_75")
+    with interpret(sm=75):
+        for options in ({}, {"softcap": 4.0, "sinks": torch.randn(4)}):
+            verify(Requests([1, 3], [70, 20], dtype=dtype, padding=1), **options)
+            verify(Requests([70, 0, 1], [90, 20, 64], dtype=dtype, padding=1), **options)
+        prefill = Requests([70, 0, 1], [90, 20, 64], dtype=dtype, window=20)
+        verify(prefill)
+        assert module._backend(*prefill.args) == "torch"
+        assert module._backend(*Requests([1], [9]).args) == "triton"
+    assert module._backend(*prefill.args) == "triton"
+
+
+def test_split_count():
+    assert split_count(1024, 8192, 264) == 1  # many sequences fill the GPU
+    assert 28 <= split_count(8, 131072, 264) <= 33  # one sequence fills it, too
+    assert split_count(8, 256, 264) == 1  # too few keys to share
+    assert split_count(128, 4096, 264) == 2
+
+
+def test_configs_have_no_more_rows_than_needed():
+    assert default_config(90, torch.bfloat16, 128, 4).block_m == 16
+    assert default_config(90, torch.bfloat16, 128, 4096).block_m == 128
+    assert not default_config(75, torch.float16, 128, 4).dot
+
+
+def test_registration(device):
+    r = Requests([3, 1], [20, 5], device, padding=1)
+    options = (0.25, 4, 2.0, torch.ones(4, device=device))
+    torch.library.opcheck(torch.ops.tlk.paged_attention.default, (*r.args, *options))
+    run = torch.compile(
+        lambda *a: paged_attention(*a, 3, window=4) + 1, fullgraph=True, backend="aot_eager"
+    )
+    want = paged_attention_reference(*r.args, 0.25, 4) + 1
+    torch.testing.assert_close(run(*r.args[:-1]), want)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({0: torch.ones(4, 4)}, ValueError, r"q must have shape \(any, any, any\), got \(4, 4\)"),
+        (
+            {0: torch.ones(4, 3, 16)},
+            ValueError,
+            "q must have a multiple of k_cache's 2 heads, got 3",
+        ),
+        ({0: torch.ones(4, 4, 16).double()}, TypeError, "q must be float32 or .*, got float64"),
+        ({1: torch.ones(3, 2, 8, 12)}, ValueError, "k_cache must have shape .*16"),
+        ({1: torch.ones(6, 2, 8, 16).half()}, TypeError, "k_cache must be float32, got float16"),
+        ({2: torch.ones(6, 8, 2, 16).transpose(1, 2)}, ValueError, "v_cache must have contiguous"),
+        ({3: torch.zeros(2, 5)}, TypeError, "page_table must be int32, got float32"),
+        ({4: torch.zeros(3, dtype=torch.int32)}, ValueError, r"seq_lens must have shape \(2\)"),
+        ({5: torch.zeros(2, dtype=torch.int32)}, ValueError, r"cu_seqlens_q must have shape \(3\)"),
+        ({6: -1}, ValueError, "max_q must be at least 0, got -1"),
+        ({"window": -1}, ValueError, "window must be at least 0, got -1"),
+        ({"softcap": -2.0}, ValueError, "softcap must be at least 0, got -2.0"),
+        ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be above 0, got 0.0"),
+        ({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4\)"),
+    ],
+)
+def test_bad_arguments_are_refused(change, error, message):
+    args = list(Requests([3, 1], [20, 5], spare_pages=2).args)
+    args[1:3] = [torch.zeros(6, 2, 8, 16)] * 2
+    options = {k: x for k, x in change.items() if isinstance(k, str)}
+    for i, x in change.items():
+        if isinstance(i, int):
+            args[i] = x
+    with pytest.raises(error, match=message):
+        paged_attention(*args, **options)

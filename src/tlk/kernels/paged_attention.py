@@ -129,7 +129,7 @@ def _fake(
 def _tanh(x, EXACT: tl.constexpr):
     if EXACT:
         return libdevice.tanh(x)
-    return 1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * x) + 1.0)  # absolute error 1e-7
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)  # absolute error 1e-7
 
 
 @triton.jit
@@ -324,13 +324,15 @@ def _paged_attention_kernel(
         k_ptr, v_ptr, k_page, v_page, scale, cap, WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D, DV, BLOCK_N,
         TWINS,
     )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    acc = acc / total[:, None]
     at = token * heads + head
     if SPLIT:
         at = at * splits + tl.program_id(2)
-        lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+        lse = tl.where(some, top + tl.log2(total), float("-inf"))
         tl.store(lse_ptr + at, lse, mask=live)
-        live = live & (total > 0.0)
+        live = live & some
     o_mask = live[:, None] & (dv < DV)[None, :]
     tl.store(out_ptr + at[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), o_mask)
 
@@ -379,19 +381,31 @@ class Config:
 
 
 def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Config:
-    """Tiles that fit `sm` for the larger head dim, `rows` = longest chunk × heads of a group."""
-    width = max(triton.next_power_of_2(head_dim), 16)
-    small_memory = sm not in (80, 90, 100)
-    if sm < 80 or (dtype == torch.float32 and rows <= 64):
-        block_m = min(triton.next_power_of_2(rows), 4)
-        return Config(block_m, max(2048 // width, 8), 4, 2, dot=False)
+    """Tiles that fit `sm` for the larger head dim, `rows` = longest chunk × heads of a group.
+
+    Chosen from compiled code: the largest without spills, two blocks an SM for decode.
+    """
+    wide, narrow = head_dim > 128, head_dim <= 64
+    if sm < 80 or (dtype == torch.float32 and rows <= 16):
+        return Config(min(triton.next_power_of_2(rows), 4), 16, 4, 2, dot=False)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 2)
+        return Config(16, 16, 8, 2) if wide else Config(32, 16, 4, 2)
+    large_memory = sm in (80, 90, 100)
     if rows <= 16:
-        return Config(16, min(8192 // width, 128), 4, 3)
-    if rows <= 64:
-        return Config(64, 64, 4, 2)
-    return Config(128, 64, 8, 3 if not small_memory else 2)
+        return Config(16, (32 if wide else 64) // (1 if large_memory else 2), 4, 3)
+    if sm == 90:
+        if wide:
+            return Config(64, 64, 8, 2, branch=True)
+        if rows <= 64:
+            return Config(64, 64, 4, 3, branch=True)
+        return Config(128, 128, 8, 3 if narrow else 2, branch=True)
+    if wide:
+        return Config(64, 32, 8, 2, branch=sm == 100)
+    if sm == 100:
+        return (
+            Config(64, 64, 4, 3, branch=True) if rows <= 64 else Config(128, 64, 8, 3, branch=True)
+        )
+    return Config(64, 32, 4, 3) if rows <= 64 else Config(128, 64 if narrow else 32, 8, 3)
 
 
 @lru_cache(maxsize=1024)
