@@ -60,15 +60,22 @@ def op(
     def register(launch: Callable[P, R]) -> Callable[P, R]:
         name = launch.__name__.removeprefix("_")
 
-        def on_cuda(*args: P.args, **kwargs: P.kwargs) -> R:
+        def kernel(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return launch(*args, **kwargs)
             except (RuntimeError, CalledProcessError):
                 require_c_compiler()  # if it is missing, that is the error to report
                 raise
 
+        def on_cuda(*args: P.args, **kwargs: P.kwargs) -> R:
+            index = args[0].device.index  # type: ignore[attr-defined]
+            if index == torch.cuda.current_device():
+                return kernel(*args, **kwargs)
+            with torch.cuda.device(index):  # Triton launches on the current device
+                return kernel(*args, **kwargs)
+
         def on_cpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            run = reference if _PRETENDED.get() is None else on_cuda
+            run = reference if _PRETENDED.get() is None else kernel
             return run(*args, **kwargs)
 
         _LIB.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
