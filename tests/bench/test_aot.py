@@ -1,0 +1,73 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tlk.bench import aot
+from tlk.bench.aot import Job, compile_case, main, plan, run
+from tlk.bench.case import Case
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, step, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i * step, tl.load(x_ptr + i * step))
+
+
+def copies(step, name="copy"):
+    """A case that copies 64 Ki elements, of which the compiler knows no more than `step` tells."""
+
+    def run(x):
+        _copy_kernel[(64,)](x, torch.empty_like(x), step, 1024)
+
+    return Case(name, "64Ki", lambda new: (new.randn(1 << 16),), run, lambda size: size << 17, run)
+
+
+def crashing(x):
+    raise ValueError("no such shape")
+
+
+def test_run_reports_kernels_and_violations():
+    bad = Case("bad", "64Ki", lambda new: (new.randn(8),), crashing, lambda size: size, crashing)
+    jobs = [
+        Job(case, torch.bfloat16, 80) for case in (copies(1), copies(3), copies(1, "same"), bad)
+    ]
+    kernels, wrong = run(jobs, workers=1)
+    assert sorted(m.loads_128 > 0 for m in kernels.values()) == [False, True]
+    scalar, crashed = wrong
+    assert scalar.startswith("copy-64Ki bfloat16 sm_80: _copy_kernel: ") and "none wider" in scalar
+    assert crashed.startswith("bad-64Ki bfloat16 sm_80: ") and "no such shape" in crashed
+    table = aot.table(list(kernels.values())).splitlines()
+    assert len(table) == 3 and all("_copy_kernel" in line for line in table[1:])
+
+
+def test_known_kernels_are_not_measured_again():
+    job = Job(copies(1), torch.float16, 80)
+    (kernel,) = compile_case(job, set())
+    assert kernel.large and compile_case(job, {(kernel.hash, True)}) == []
+
+
+def test_plan():
+    both = copies(1), copies(3)
+    assert len(list(plan(list(both), [80, 90], "all"))) == 2 * 2 * 3
+    assert {job.dtype for job in plan(list(both), [80, 90], "fp16")} == {torch.float16}
+    rotated = list(plan([copies(1)] * 14, list(aot.GPUS), "rotate"))
+    assert len(rotated) == 14 * 7
+    on_75 = [job.dtype for job in rotated if job.sm == 75]
+    on_90 = [job.dtype for job in rotated if job.sm == 90]
+    assert on_75.count(torch.float16) == 12 and on_75.count(torch.float32) == 2
+    assert [on_90.count(d) for d in aot.DTYPES.values()] == [10, 2, 2]
+
+
+def test_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "load_cases", lambda: {"good": (copies(1),), "bad": (copies(3),)})
+    arguments = ["--sm", "90", "--dtype", "bf16", "--jobs", "1"]
+    assert main([*arguments, "--only", "good"]) == 0
+    assert "1 kernels from 1 cases, 0 violations" in capsys.readouterr().out
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "2 kernels from 2 cases, 1 violations" in captured.out
+    assert "none wider" in captured.err
+    with pytest.raises(SystemExit):
+        main(["--only", "nothing"])
+    assert "--only must name modules of ['bad', 'good'], got ['nothing']" in capsys.readouterr().err
