@@ -194,12 +194,13 @@ def _flash_attention_kernel(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     VARLEN: tl.constexpr,
+    UNIT: tl.constexpr,
     DQK: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Block of queries × (batch, head) pair; len_q and len_k are the longest of a VARLEN batch."""
+    """Queries × (batch, head) pair; strides count UNIT elements, VARLEN lengths are the longest."""
     # The last, under a causal mask longest, blocks of `wave` pairs start first; then the next pairs.
     blocks = tl.cdiv(len_q, BLOCK_M)
     before = tl.program_id(0) // (wave * blocks) * wave
@@ -223,11 +224,11 @@ def _flash_attention_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     dqk = tl.arange(0, triton.next_power_of_2(DQK))
     dv = tl.arange(0, triton.next_power_of_2(DV))
-    q_ptr += b * q_batch + h * q_head + q_start * q_row
-    k_ptr += b * k_batch + (h // group) * k_head + k_start * k_row
-    v_ptr += b * v_batch + (h // group) * v_head + k_start * v_row
+    q_ptr += (b * q_batch + h * q_head + q_start * q_row) * UNIT
+    k_ptr += (b * k_batch + (h // group) * k_head + k_start * k_row) * UNIT
+    v_ptr += (b * v_batch + (h // group) * v_head + k_start * v_row) * UNIT
     q_mask = (rows < len_q)[:, None] & (dqk < DQK)[None, :]
-    q_tile = rows.to(tl.int64)[:, None] * q_row + dqk[None, :]
+    q_tile = rows.to(tl.int64)[:, None] * (q_row * UNIT) + dqk[None, :]
     q = tl.load(q_ptr + q_tile, mask=q_mask, other=0.0)
 
     # Finite before the first key, so that exp2(-inf - top) is 0 and never NaN.
@@ -244,16 +245,16 @@ def _flash_attention_kernel(
     positions = rows + len_k - len_q
     if WINDOW:
         acc, total, top = _attend_tiles(
-            acc, total, top, q, k_ptr, v_ptr, k_row, v_row, begin, full_begin, positions, len_k,
-            window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+            acc, total, top, q, k_ptr, v_ptr, k_row * UNIT, v_row * UNIT, begin, full_begin, positions,
+            len_k, window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
         )  # fmt: skip
     acc, total, top = _attend_tiles(
-        acc, total, top, q, k_ptr, v_ptr, k_row, v_row, full_begin, full_end, positions, len_k,
-        window, scale, cap, False, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+        acc, total, top, q, k_ptr, v_ptr, k_row * UNIT, v_row * UNIT, full_begin, full_end, positions,
+        len_k, window, scale, cap, False, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
     )  # fmt: skip
     acc, total, top = _attend_tiles(
-        acc, total, top, q, k_ptr, v_ptr, k_row, v_row, full_end, end, positions, len_k,
-        window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
+        acc, total, top, q, k_ptr, v_ptr, k_row * UNIT, v_row * UNIT, full_end, end, positions,
+        len_k, window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
     )  # fmt: skip
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     o_tile = ((o_start + rows)[:, None] * heads + h) * DV + dv[None, :]
@@ -271,12 +272,14 @@ def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> di
         m, n, stages = (64, 16, 2) if head_dim <= 128 else (32, 16, 2)
     elif head_dim <= 64:
         m, n, stages = (128, 128, 2) if sm == 90 else (128, 64, 3)
+    elif head_dim <= 128 and (d_qk < 128 or d_v < 128):  # masks of the padding take registers
+        m, n, stages = (128, 64, 3) if sm == 90 else (128, 32, 3)
     elif head_dim <= 128:
         m, n, stages = (128, 128, 2) if sm == 90 else (128, 64, 3 if roomy else 2)
     elif d_v <= 128 and sm == 90:
         m, n, stages = 128, 64, 2
     else:
-        m, n, stages = (64, 64, 2) if roomy else (64, 32, 2)
+        m, n, stages = (64, 64, 2) if roomy and min(d_qk, d_v) == 256 else (64, 32, 2)
     few = rows <= 16
     return {
         "BLOCK_M": 16 if few else m,
@@ -350,11 +353,13 @@ def _launch(
     config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q)
     tensors = (q, k, v, out, sinks, cu_seqlens_q, cu_seqlens_k)
     strides = [n for x in (q, k, v) for n in (x.stride()[:3] if dense else (0, *x.stride()[:2]))]
+    # Triton knows strides by multiples of 16; D = 72 keeps its 16-byte loads in units of 8.
+    unit = 8 if all(n % 8 == 0 for n in strides) else 1
     counts = (heads, group, pairs, min(wave, pairs), min(window, max_q + max_k))
     scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value
     _flash_attention_kernel[(triton.cdiv(max_q, config["BLOCK_M"]) * pairs,)](
         *tensors,
-        *strides,
+        *(n // unit for n in strides),
         max_q,
         max_k,
         *counts,
@@ -365,6 +370,7 @@ def _launch(
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
         VARLEN=not dense,
+        UNIT=unit,
         DQK=dqk,
         DV=dv,
         **config,
