@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @dataclass
 class Requests:
-    """A batch over a shuffled cache; whatever attention must not touch is NaN, or no page at all."""
+    """A batch over a shuffled cache; what attention must not touch is NaN, or no page at all."""
 
     queries: list[int]
     lengths: list[int]
@@ -142,6 +142,19 @@ def test_prefill_and_decode_together(window, dtype, device):
 @pytest.mark.parametrize("page", [1, 8, 32, 64, 96])
 def test_prefill_over_pages(page, device):
     verify(Requests([33, 2], [129, page], device, torch.bfloat16, page=page, window=50))
+
+
+@pytest.mark.parametrize("before", [62, 63, 64, 126, 127, 128])
+@pytest.mark.parametrize("queries", [20, 70])
+def test_diagonal_through_the_corner_of_a_tile(queries, before, device):
+    verify(Requests([queries], [before + queries], device, torch.bfloat16, page=64))
+
+
+@pytest.mark.parametrize("page", [8, 64])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_table_without_a_spare_entry(queries, page, device):
+    """Nothing behind a full table is read; the interpreter checks every address."""
+    verify(Requests([1, queries], [64, 128], device, page=page, spare_pages=0))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(3, 1), (7, 1), (14, 2), (4, 4), (36, 2), (71, 1)])
@@ -300,6 +313,8 @@ def test_registration(device):
             "q must have a multiple of k_cache's 2 heads, got 3",
         ),
         ({0: torch.ones(4, 4, 16).double()}, TypeError, "q must be float32 or .*, got float64"),
+        ({1: torch.ones(6, 2, 0, 16), 2: torch.ones(6, 2, 0, 16)}, ValueError, "at least 1 token"),
+        ({2: torch.ones(6, 2, 8, 257)}, ValueError, "v_cache must have a head dim .* got 257"),
         ({1: torch.ones(3, 2, 8, 12)}, ValueError, "k_cache must have shape .*16"),
         ({1: torch.ones(6, 2, 8, 16).half()}, TypeError, "k_cache must be float32, got float16"),
         ({2: torch.ones(6, 8, 2, 16).transpose(1, 2)}, ValueError, "v_cache must have contiguous"),

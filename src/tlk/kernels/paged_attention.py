@@ -1,4 +1,4 @@
-"""Causal attention of new tokens over a paged KV cache: decode, chunked prefill and mixed batches in one op.
+"""Causal attention over a paged KV cache: decode, chunked prefill and mixed batches in one op.
 
     o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),   s_ij = scale · q_i · k_j
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,12 +32,18 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._op import op
+from tlk.kernels._paged_torch import (
+    QUERIES_AT_ONCE,
+    attend,
+    gather,
+    paged_attention_torch,
+    visible,
+)
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that exp2(-inf - LOWEST) is 0, not NaN
 LEAST_KEYS = tl.constexpr(128)  # fewer keys in a split would cost more to combine than they save
-QUERIES_AT_ONCE = 256  # what is done in PyTorch holds scores of [H, this many, all keys]
 
 
 def paged_attention_reference(
@@ -56,73 +61,12 @@ def paged_attention_reference(
     for (queries, _), batch in alike.items():
         pages = -(-max(lengths[s] for s in batch) // k_cache.shape[2])
         length = seq_lens[batch].long()[:, None]  # [B, 1]
-        k, v, seen = _gather(k_cache, v_cache, page_table[batch, :pages], length, queries, window)
+        k, v, seen = gather(k_cache, v_cache, page_table[batch, :pages], length, queries, window)
         for at in torch.arange(queries, device=q.device).split(QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
-            visible = _visible(length - queries + at, seen, window)
-            out[rows] = _attend(q[rows], k, v, visible, softmax_scale, softcap, sinks)
+            shown = visible(length - queries + at, seen, window)
+            out[rows] = attend(q[rows], k, v, shown, softmax_scale, softcap, sinks)
     return out
-
-
-def _gather(
-    k_cache: Tensor, v_cache: Tensor, pages: Tensor, length: Tensor, queries: int | Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Copy `pages` [B, n] of B sequences: [B, Hk, L, D], and which tokens some query sees, [B, L].
-
-    The others, and the table's entries for their pages, may hold anything: they give 0.
-    """
-    page_size = k_cache.shape[2]
-    key = torch.arange(pages.shape[1] * page_size, device=pages.device)
-    seen = key < length
-    if window:
-        seen &= key > length - queries - window
-    pages = torch.where(seen.unflatten(1, (-1, page_size)).any(-1), pages, 0).long()
-
-    def dense(cache: Tensor) -> Tensor:
-        tokens = cache[pages].transpose(1, 2).flatten(2, 3)
-        return tokens.masked_fill_(~seen[:, None, :, None], 0.0)
-
-    return dense(k_cache), dense(v_cache), seen
-
-
-def _visible(position: Tensor, seen: Tensor, window: int) -> Tensor:
-    """Which keys the queries at `position` [B, n] see: bool [B, n, L]."""
-    behind = position[:, :, None] - torch.arange(seen.shape[1], device=seen.device)
-    visible = (behind >= 0) & seen[:, None]
-    return visible & (behind < window) if window else visible
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """softmax(q·kᵀ)·v of q [B, n, H, D], a row without a visible key being 0; returns [B, n, H, Dv]."""
-    group = q.shape[2] // k.shape[1]
-    heads = q.float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = heads @ k.float().transpose(2, 3) * scale  # [B, Hk, group·n, L]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.unflatten(2, (group, -1)).masked_fill(~visible[:, None, None], -torch.inf)
-    sink = torch.full_like(scores[..., :1], -torch.inf)
-    if sinks is not None:
-        sink = sinks.float().view(1, -1, group, 1, 1).expand_as(sink)
-    top = torch.maximum(scores.amax(-1, keepdim=True), sink)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    p = torch.exp(scores - top)
-    total = p.sum(-1, keepdim=True) + torch.exp(sink - top)
-    out = (p.flatten(2, 3) @ v.float()).unflatten(2, (group, -1)) / total.masked_fill(
-        total == 0, 1.0
-    )
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
-
-
-def _fake(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
 
 
 @triton.jit
@@ -134,7 +78,7 @@ def _tanh(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each key of a tile, [BLOCK_N, 1] or one for all; 0 for keys outside [first, last)."""
+    """The page of each key of a tile, [BLOCK_N, 1] or one for all; 0 outside [first, last)."""
     if PAGE % BLOCK_N == 0:
         seen = tile * BLOCK_N < last  # and never left of `first`, where no tile begins
         page = tl.load(table_ptr + tile * BLOCK_N // PAGE, mask=seen, other=0)
@@ -152,8 +96,10 @@ def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constex
 @triton.jit
 def _attend_tiles(
     acc, total, top, q, position, first, last, begin, full_begin, full_end, end,
-    table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
-    BRANCH: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, TWINS: tl.constexpr,
+    table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    TWINS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
 
@@ -198,9 +144,7 @@ def _attend_tiles(
         acc = acc * decay[:, None]
         if not TWINS:
             tile_at = page.to(tl.int64) * v_page + (slot[:, None] * DV + dv[None, :])
-        v = tl.load(
-            v_ptr + tile_at, mask=seen[:, None] & (dv < DV)[None, :], other=0.0
-        )  # [BLOCK_N, DV]
+        v = tl.load(v_ptr + tile_at, mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
         if DOT:
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         else:
@@ -265,8 +209,8 @@ def _paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, lse_ptr,
     q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits, scale, cap,
     GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr,
-    BRANCH: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
@@ -321,8 +265,8 @@ def _paged_attention_kernel(
     v_ptr += kv_head * v_head
     acc, total, top = _attend_tiles(
         acc, total, top, q, position, first, last, begin, full_begin, full_end, end, table_ptr,
-        k_ptr, v_ptr, k_page, v_page, scale, cap, WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D, DV, BLOCK_N,
-        TWINS,
+        k_ptr, v_ptr, k_page, v_page, scale, cap,
+        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D, DV, BLOCK_N, TWINS,
     )  # fmt: skip
     some = total > 0.0
     total = tl.where(some, total, 1.0)
@@ -401,11 +345,9 @@ def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Con
         return Config(128, 128, 8, 3 if narrow else 2, branch=True)
     if wide:
         return Config(64, 32, 8, 2, branch=sm == 100)
-    if sm == 100:
-        return (
-            Config(64, 64, 4, 3, branch=True) if rows <= 64 else Config(128, 64, 8, 3, branch=True)
-        )
-    return Config(64, 32, 4, 3) if rows <= 64 else Config(128, 64 if narrow else 32, 8, 3)
+    if rows <= 64:
+        return Config(64, 64, 4, 3, branch=True) if sm == 100 else Config(64, 32, 4, 3)
+    return Config(128, 64 if narrow or sm == 100 else 32, 8, 3, branch=sm == 100)
 
 
 @lru_cache(maxsize=1024)
@@ -426,7 +368,11 @@ def _backend(
     return "torch" if sm(q.device) < 80 and max_q > 8 else "triton"
 
 
-@op(paged_attention_reference, fake=_fake, backend=_backend)
+@op(
+    paged_attention_reference,
+    fake=lambda q, k_cache, v_cache, *_: q.new_empty(*q.shape[:2], v_cache.shape[-1]),
+    backend=_backend,
+)
 def _paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
@@ -434,7 +380,7 @@ def _paged_attention(
 ) -> Tensor:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
     if _backend(*tensors, max_q) == "torch":
-        return _in_torch(*tensors, max_q, softmax_scale, window, softcap, sinks)
+        return paged_attention_torch(*tensors, max_q, softmax_scale, window, softcap, sinks)
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
     if out.numel():
         _launch(out, *tensors, max_q, softmax_scale, window, softcap, sinks)
@@ -450,18 +396,18 @@ def _launch(
     (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
     group = heads // kv_heads
     config = default_config(sm(q.device), q.dtype, max(d, dv), max(max_q, 1) * group)
-    decode = max_q == 1
-    tiles = tokens * group // config.block_m + seqs + 1
-    if decode:
-        tiles = max(seqs, tokens) * triton.cdiv(group, config.block_m)
+    decode, twins = max_q == 1, d == dv and k_cache.stride() == v_cache.stride()
+    tiles = max(seqs, tokens) * triton.cdiv(group, config.block_m)
+    if not decode:
+        tiles = tokens * group // config.block_m + seqs + 1
     slots = sm_count(q.device) * (2 if config.num_warps <= 4 else 1)
     splits = 1
     if decode or 2 * tiles * kv_heads <= slots:
         splits = split_count(tiles * kv_heads, pages * page_size, slots)
     into, lse = out, None
     if splits > 1:
-        into = q.new_empty(tokens, heads, splits, dv, dtype=torch.float32)
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
+        into = lse.new_empty(tokens, heads, splits, dv)
     _paged_attention_kernel[(tiles, kv_heads, splits)](
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, into, lse,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
@@ -470,48 +416,15 @@ def _launch(
         softcap * LOG2_E.value,
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
-        D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_S=triton.next_power_of_2(seqs + 1), TWINS=k_cache.stride() == v_cache.stride(),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TWINS=twins,
+        BLOCK_S=triton.next_power_of_2(seqs + 1), num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(tokens, heads)](
             into, lse, cu_seqlens_q, out, seqs, splits,
             DV=dv, BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16, num_warps=4,
         )  # fmt: skip
-
-
-def _in_torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int, softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The op where Triton has no tensor cores; every sequence padded to `max_q` and full pages."""
-    padded = torch.cat([q, q.new_zeros(1, *q.shape[1:])])
-    out = q.new_zeros(q.shape[0] + 1, q.shape[1], v_cache.shape[-1])
-    for s in range(seq_lens.shape[0]):
-        start, queries = cu_seqlens_q[s], cu_seqlens_q[s + 1] - cu_seqlens_q[s]
-        length = seq_lens[s : s + 1, None].long()
-        k, v, seen = _gather(k_cache, v_cache, page_table[s : s + 1], length, queries, window)
-        for at in torch.arange(max_q, device=q.device).split(QUERIES_AT_ONCE):
-            rows = torch.where(at < queries, start + at, q.shape[0]).long()[None]
-            visible = _visible(length - queries + at, seen, window)
-            if softcap or sinks is not None:
-                o = _attend(padded[rows], k, v, visible, softmax_scale, softcap, sinks)
-            else:
-                o = _sdpa(padded[rows], k, v, visible, softmax_scale)
-            out[rows] = torch.where((at < queries)[None, :, None, None], o, 0.0)
-    return out[:-1].clone()
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """`_attend` without softcap and sinks, on tensor cores."""
-    group = q.shape[2] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=visible[:, None], scale=scale
-    )
-    return out.transpose(1, 2).masked_fill(~visible.any(-1)[:, :, None, None], 0.0)
 
 
 def paged_attention(
@@ -575,7 +488,14 @@ def _check(
         check_device(name, index, q.device)
         check_last_dim_contiguous(name, index)
     check_last_dim_contiguous("q", q)
-    if q.shape[1] % k_cache.shape[1]:
+    for name, x in (("q", q), ("v_cache", v_cache)):
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}"
+            )
+    if k_cache.shape[2] == 0:
+        raise ValueError("k_cache must have pages of at least 1 token, got 0")
+    if k_cache.shape[1] == 0 or q.shape[1] % k_cache.shape[1]:
         raise ValueError(
             f"q must have a multiple of k_cache's {k_cache.shape[1]} heads, got {q.shape[1]}"
         )
