@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from tlk.demo import corpus
 
