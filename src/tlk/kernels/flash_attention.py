@@ -269,7 +269,7 @@ def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> di
     """
     head_dim, roomy = max(d_qk, d_v), sm in (80, 87, 90, 100, 103)  # roomy: at least 163 KiB
     if itemsize == 4:
-        m, n, stages = (64, 16, 2) if head_dim <= 128 else (32, 16, 2)
+        m, n, stages = (64, 16, 2) if head_dim <= 64 else (32, 16, 2)
     elif head_dim <= 64:
         m, n, stages = (128, 128, 2) if sm == 90 else (128, 64, 3)
     elif head_dim <= 128 and (d_qk < 128 or d_v < 128):  # masks of the padding take registers
@@ -281,10 +281,11 @@ def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> di
     else:
         m, n, stages = (64, 64, 2) if roomy and min(d_qk, d_v) == 256 else (64, 32, 2)
     few = rows <= 16
+    warps = 16 if itemsize == 4 and head_dim > 128 else 8
     return {
         "BLOCK_M": 16 if few else m,
         "BLOCK_N": min(n, 64) if few else n,
-        "num_warps": 4 if few else 8,
+        "num_warps": warps // 2 if few else warps,
         "num_stages": stages,
     }
 
