@@ -220,9 +220,17 @@ def test_largest_logits_in_one_lane(device, small_tiles):
     """The top 12 share a lane that holds four, so top-k and the mass it leaves need the row."""
     logits = torch.randn(800)
     logits[5::64] = 9 - 0.1 * torch.randperm(13)
-    settings = [(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.9, 0.0)]
+    settings = [(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.3, 0.0)]
     # of the 12, e^-0.1 apart, 0.3 of the mass is in three; of the four in the lane, in two
     settings += [(1.0, 12, 0.3, 0.0)] * 5
+    agrees(logits.expand(8, -1).to(device), requests(settings, device))
+
+
+def test_search_counts_what_lies_above_its_bracket(device, small_tiles):
+    """A hundred logits far above leave a wide bracket, which the lanes finish, to hold fifty more."""
+    logits = torch.randn(300)
+    logits[torch.randperm(300)[:100]] = 1e4
+    settings = [(1e5, 150, 1.0, 0.0), (1e5, 0, 0.55, 0.0)] * 4
     agrees(logits.expand(8, -1).to(device), requests(settings, device))
 
 
@@ -284,14 +292,16 @@ def test_no_rows(device):
 
 
 def penalties(n_rows, n_cols, device):
-    """Tokens in the prompt, in the output, in both and in neither; the last row has no penalty."""
+    """Tokens in the prompt, in the output, in both and in neither.
+
+    Of five rows, the first has all penalties, then each has one, and the last has none.
+    """
     prompt = torch.rand(n_rows, n_cols, device=device) < 0.3
     counts = torch.randint(-3, 4, (n_rows, n_cols), device=device).clamp(min=0).int()
-    repetition, presence, frequency = (
-        torch.rand(3, n_rows, device=device) + torch.tensor([[1.0], [0.0], [-0.5]], device=device)
-    ).unbind()
-    repetition[-1:], presence[-1:], frequency[-1:] = 1.0, 0.0, 0.0
-    return prompt, counts, repetition, presence, frequency
+    used = torch.cat([torch.ones(1, 3), torch.eye(3), torch.zeros(1, 3)])[5 - n_rows :].to(device)
+    values = torch.rand(3, n_rows, device=device) + 0.1
+    repetition, presence, frequency = (values * used.T).unbind()
+    return prompt, counts, 1 + repetition, presence, -frequency
 
 
 def test_penalties_reference_is_transformers_and_openai():
@@ -314,15 +324,15 @@ def test_penalties_reference_is_transformers_and_openai():
 
 @pytest.mark.parametrize("n_cols", [40, 1300])
 def test_apply_penalties(n_cols, device):
-    wide = torch.randn(4, n_cols + 3, device=device) * 5
-    logits, args = wide[:, :n_cols], penalties(4, n_cols, device)
+    wide = torch.randn(5, n_cols + 3, device=device) * 5
+    logits, args = wide[:, :n_cols], penalties(5, n_cols, device)
     before, want = wide.clone(), logits.clone()
     apply_penalties_reference(want, *args)
     apply_penalties_(logits, *args)
     check(logits, want, want)
     assert torch.equal(wide[:, n_cols:], before[:, n_cols:])
-    assert torch.equal(logits[3], before[3, :n_cols])
-    assert not torch.equal(logits[:3], before[:3, :n_cols])
+    assert torch.equal(logits[4], before[4, :n_cols])
+    assert (logits[:4] != before[:4, :n_cols]).any(-1).all()
 
 
 def test_penalties_leave_masked_tokens_masked(device):
