@@ -1,158 +1,403 @@
-"""Run @triton.jit kernels on CPU tensors WITHOUT TRITON_INTERPRET.   with interpret(): kernel[grid](...)
-Fixes the stock interpreter's bf16/fp8/libdevice/dot_scaled; outside the block the same objects compile (AOT or GPU). Triton 3.6-3.9."""
-import contextlib, inspect
-from tlk.kernels._op import kernels_on_cpu
-import numpy as np, torch, triton, triton.language as tl
-from triton.runtime import interpreter as ti
+"""Run @triton.jit kernels on CPU tensors, in numbers a GPU would give.
+
+    with interpret():
+        kernel[grid](...)          # the same kernel compiles, or runs on a GPU, outside of the block
+
+Triton's own interpreter is the base, corrected where it is wrong (Triton 3.6 to 3.9):
+bf16 values are handled as the integers that store them (in tl.dot, arithmetic, tl.sum, casts); rounding
+to bf16 truncates, rounding to fp8 carries wrongly, NaN and infinity of fp8 decode to numbers; libdevice
+is missing; a pointer that is out of bounds ends the process or reads garbage.
+
+Its switch, the variable TRITON_INTERPRET, holds for a whole process and must stay unset: here the
+language is patched for the time of a block. Not modelled: races (programs run one after another), shared
+memory, tf32 (float32 dots are exact to float32), and the order of a sum.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import min_dot_size
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import libdevice as cuda_libdevice
+from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
-from triton.runtime.autotuner import Autotuner
-from triton._C.libtriton import ir as _ir
-from triton.language.extra import libdevice as _ld
-from triton.language.extra.cuda import libdevice as _cld
-f32, u8, BF, TH, B = np.float32, np.uint8, tl.bfloat16, ti.TensorHandle, ti.InterpreterBuilder
-# ---- number formats
-_LUT = {d: torch.arange(256, dtype=torch.uint8).view(t).float().numpy() for d, t in ((tl.float8e4nv, torch.float8_e4m3fn), (tl.float8e5, torch.float8_e5m2))}
-_MAXC = {tl.float8e4nv: 0x7E, tl.float8e5: 0x7B}
-_E2M1 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6], f32)
-def _enc_fp8(x, dt):                      # RTNE + satfinite like cvt.rn.satfinite.*; NaN -> 0x7F
-    x = np.asarray(x, f32); v = _LUT[dt][:_MAXC[dt] + 1]; mid = (v[1:] + v[:-1]) / 2; a = np.abs(x)
-    lo, hi = np.searchsorted(mid, a, 'left'), np.searchsorted(mid, a, 'right'); c = np.where((lo == hi) | (lo % 2 == 0), lo, hi).astype(u8)
-    return np.where(np.isnan(x), u8(0x7F), c | (np.signbit(x).astype(u8) << 7)).astype(u8)
-def _enc_bf16(x, rtz=False):
-    x = np.ascontiguousarray(x, dtype=f32).reshape(np.shape(x)); u = x.view(np.uint32)
-    r = u >> 16 if rtz else (u + (((u >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return np.where(np.isnan(x), np.uint16(0x7FFF), r.astype(np.uint16)).astype(np.uint16)
-def _dec(data, dt):                       # storage (uint16/uint8) -> real values
-    if dt.scalar == BF: return (np.asarray(data).astype(np.uint32) << 16).view(f32)
-    return _LUT[dt.scalar][np.asarray(data).view(u8)] if dt.scalar in _LUT else data
-def _enc(x, dt, rtz=False):
-    if dt.scalar == BF: return _enc_bf16(x, rtz)
-    if dt.scalar in _LUT: return _enc_fp8(x, dt.scalar)
-    with np.errstate(over='ignore', invalid='ignore'): return np.asarray(x).astype(ti._get_np_dtype(dt.scalar))
-_orig_convert = ti._convert_float
-def _convert_float(data, src, dst, mode):
-    known = lambda d: d in (BF, tl.float16, tl.float32, tl.float64) or d in _LUT; rtz = mode is not None and mode == _ir.ROUNDING_MODE.RTZ
-    return _enc(_dec(data, src), dst, rtz) if known(src) and known(dst) and not (rtz and dst != BF) else _orig_convert(data, src, dst, mode)
-isbf = lambda h: h.dtype.scalar == BF
-val = lambda h: _dec(h.data, h.dtype)
-erf = lambda x: torch.erf(torch.from_numpy(np.array(x))).numpy()
-# ---- builder overrides
-_o = {n: getattr(B, n) for n in 'cast_impl binary_op ternary_op unary_op create_fma create_masked_load create_masked_store create_atomic_rmw create_atomic_cas'.split()}
-def binary_op(self, l, r, op):
-    if not isbf(l): return _o['binary_op'](self, l, r, op)
-    out = op(val(l), val(r)); return TH(out, tl.int1) if out.dtype == np.bool_ else TH(_enc_bf16(out), BF)
-def unary_op(self, a, op): return TH(_enc_bf16(op(val(a))), BF) if isbf(a) else _o['unary_op'](self, a, op)
-def ternary_op(self, a, b, c, op): return _o['ternary_op'](self, a, b, c, op) if op is np.where or not isbf(c) else TH(_enc_bf16(op(val(a), val(b), val(c))), BF)
-def cast_impl(self, src, dst):            # stock: int <-> bf16 copies the raw uint16
-    s, d = src.dtype.scalar, dst.scalar
-    return TH(_enc(val(src), d), d) if s in (BF, *_LUT) or d in (BF, *_LUT) else _o['cast_impl'](self, src, dst)
-def create_fma(self, x, y, z): return TH(_enc_bf16(val(x) * val(y) + val(z)), BF) if isbf(z) else _o['create_fma'](self, x, y, z)
-def create_erf(self, a): return TH(erf(a.data), a.dtype.scalar)
-def get_bf16(self, v): return TH(_enc_bf16(np.array([v], f32)), BF)
-EMULATE_TF32 = False                      # True: round fp32 tl.dot inputs to tf32 (the GPU default)
-def _tf32(x): u = np.ascontiguousarray(x).view(np.uint32); return ((u + 0xFFF + ((u >> 13) & 1)) & np.uint32(0xFFFFE000)).view(f32)
-def create_dot(self, a, b, d, prec, _):
-    x, y, dt = val(a), val(b), d.data.dtype
-    if x.dtype.kind in 'iu': return TH(np.matmul(x.astype(np.float64), y.astype(np.float64)).astype(dt) + d.data, d.dtype.scalar)   # BLAS, exact
-    if x.dtype == np.float16: x, y = x.astype(f32), y.astype(f32)
-    elif EMULATE_TF32 and a.dtype.scalar == tl.float32 and prec == _ir.INPUT_PRECISION.TF32: x, y = _tf32(x), _tf32(y)
-    with np.errstate(invalid='ignore'): return TH((np.matmul(x, y) + d.data).astype(dt), d.dtype.scalar)
-def create_dot_scaled(self, l, ls, lf, r, rs, rf, fast, lkp, rkp, *acc):
-    def opnd(h, s, f, kp, rhs):
-        v = val(h)
-        if f == _ir.ScaleDotElemTypeTY.E2M1:
-            ax = (-2 if kp else -1) if rhs else (-1 if kp else -2); p = np.moveaxis(h.data.view(u8), ax, -1)
-            v = np.moveaxis(np.stack([_E2M1[p & 15], _E2M1[p >> 4]], -1).reshape(*p.shape[:-1], -1), -1, ax)
-        if s is None: return v.astype(f32)
-        e = s.data.view(u8); sc = _LUT[tl.float8e4nv][e] if s.dtype.scalar == tl.float8e4nv else np.where(e == 255, np.nan, np.exp2(e.astype(np.float64) - 127)).astype(f32)
-        sc = np.repeat(sc, v.shape[-2 if rhs else -1] // sc.shape[-1], -1); return v.astype(f32) * (np.swapaxes(sc, -1, -2) if rhs else sc)
-    return TH(np.matmul(opnd(l, ls, lf, lkp, False), opnd(r, rs, rf, rkp, True)) + acc[-1].data, tl.float32)
-_NV = dict(tanh=np.tanh, fast_tanh=np.tanh, exp=np.exp, fast_exp=np.exp, exp2=np.exp2, exp10=lambda x: 10. ** x, log=np.log, fast_log=np.log, log2=np.log2, log1p=np.log1p, expm1=np.expm1, sqrt=np.sqrt,
-           rsqrt=lambda x: 1 / np.sqrt(x), pow=np.power, fabs=np.abs, floor=np.floor, ceil=np.ceil, rint=np.rint, nearbyint=np.rint, trunc=np.trunc, round=lambda x: np.trunc(x + np.copysign(.5, x)), erf=erf,
-           sin=np.sin, cos=np.cos, atan=np.arctan, isnan=np.isnan, isinf=np.isinf, fmod=np.fmod, copysign=np.copysign, fmax=np.fmax, fmin=np.fmin, fdiv_rn=np.divide, fast_fdividef=np.divide)
-def create_extern_elementwise(self, lib, path, symbol, args, ret, pure):
-    n = symbol.removeprefix('__nv_'); f = _NV.get(n) or _NV.get(n.removesuffix('f'))
-    if f is None: raise NotImplementedError(f'add {symbol} to _NV')
-    return TH(np.asarray(f(*map(val, args))).astype(ti._get_np_dtype(ret)), ret.scalar)
-ASM_EMU = {}                              # inline asm string -> fn(*numpy arrays) -> array or tuple of arrays
-def create_inline_asm(self, asm, constraints, values, types, pure, pack):
-    if asm not in ASM_EMU: raise NotImplementedError('register ASM_EMU[asm] for: ' + asm)
-    out = ASM_EMU[asm](*[v.data for v in values]); hs = [TH(np.asarray(o).astype(ti._get_np_dtype(t)), t.scalar) for o, t in zip(out if isinstance(out, tuple) else (out,), types)]
-    return type('Call', (), {'get_result': lambda self, i: hs[i]})()
-def create_atomic_rmw(self, op, ptr, v, mask, sem, scope):
-    _chk(self, ptr, mask)
-    if not (isbf(v) and op == _ir.ATOMIC_OP.FADD): return _o['create_atomic_rmw'](self, op, ptr, v, mask, sem, scope)
-    p, w, m = (np.ravel(x) for x in np.broadcast_arrays(ptr.data, v.data, mask.data)); old = np.zeros(p.shape, np.uint16); t = np.ones(1, bool)
-    for i in np.flatnonzero(m):
-        q = np.ascontiguousarray(p[i:i + 1]); old[i:i + 1] = ti._interpreter.load(q, t, np.zeros(1, np.uint16), np.dtype(np.uint16))
-        ti._interpreter.store(q, _enc_bf16(_dec(old[i:i + 1], BF) + _dec(w[i:i + 1], BF)), t)
-    return TH(old.reshape(np.shape(ptr.data)), BF)
-# ---- out-of-bounds checker (stock interpreter dereferences raw pointers: SIGSEGV or silent garbage)
-_ranges, _extra, CHECK_BOUNDS = [], (), True
-def _chk(self, ptr, mask):
-    if not CHECK_BOUNDS: return
-    p, m = np.broadcast_arrays(ptr.data, mask.data); p = p[m.astype(bool)]
-    if p.size:
-        n = np.uint64(max(1, ptr.get_element_ty().primitive_bitwidth // 8)); ok = np.zeros(p.shape, bool)
-        for lo, hi in _ranges: ok |= (p >= lo) & (p + n <= hi)
-        if not ok.all(): raise IndexError(f'out-of-bounds access in program {self.grid_idx}: {int((~ok).sum())} of {p.size} lanes')
-def create_masked_load(self, p, m, *a, **k): _chk(self, p, m); return _o['create_masked_load'](self, p, m, *a, **k)
-def create_masked_store(self, p, v, m, *a, **k): _chk(self, p, m); return _o['create_masked_store'](self, p, v, m, *a, **k)
-def create_atomic_cas(self, p, *a): _chk(self, p, TH(np.ones_like(p.data, dtype=bool), tl.int1)); return _o['create_atomic_cas'](self, p, *a)
-_BUILDER = {n: f for n, f in globals().items() if inspect.isfunction(f) and (n.startswith('create_') or n in ('cast_impl', 'binary_op', 'unary_op', 'ternary_op', 'get_bf16'))}
-# ---- run-time switch
-_impl0, _hst0 = ti._implicit_cvt, ti.GridExecutor._init_args_hst
-def _interp(jf):                          # never hash a JITFunction here: hash() walks (patched) dependencies
-    if '_tlk' not in jf.__dict__: jf.__dict__['_tlk'] = ti.InterpretedFunction(jf.fn)
-    return jf.__dict__['_tlk']
-def _implicit_cvt(x): return tl.tensor(TH(np.array([x]), tl.int1), tl.int1) if isinstance(x, bool) else _impl0(x)
-def _tensors(x):
-    for i in x:
-        if isinstance(i, (tuple, list)): yield from _tensors(i)
-        elif hasattr(i, 'untyped_storage'): yield i
-        elif hasattr(getattr(i, 'base', None), 'untyped_storage'): yield i.base      # TensorDescriptor, reinterpret()
-def _init_args_hst(self, args, kwargs):
-    out = _hst0(self, args, kwargs); _ranges.clear()
-    for t in _tensors([*out[0], *out[1].values(), *_extra]): s = t.untyped_storage(); _ranges.append((np.uint64(s.data_ptr()), np.uint64(s.data_ptr() + s.nbytes())))
-    return out
-_FAST = {'_sum_combine', '_prod_combine', '_elementwise_max', '_elementwise_min'} | {f'_arg{m}_combine_tie_break_{t}' for m in ('min', 'max') for t in ('left', 'fast')}
-def _promote(orig):                       # stock fast paths of tl.sum/max/argmax/cumsum reduce raw uint16 for bf16
-    def apply_impl(self, inp):
-        if not any(t.dtype == BF for t in inp) or self.combine_fn.__name__ not in _FAST: return orig(self, inp)
-        out = orig(self, tuple(self.to_tensor(val(t.handle), tl.float32) if t.dtype == BF else t for t in inp)); many = isinstance(out, (list, tuple))
-        out = [self.to_tensor(_enc_bf16(r.handle.data) if r.shape else _enc_bf16(r.handle.data)[0], BF) if r.dtype == tl.float32 else r for r in (out if many else [out])]
-        return tuple(out) if many else out[0]
+
+from tlk.kernels._op import kernels_on_cpu
+
+Array = np.ndarray[Any, Any]
+
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+FP8_VALUES = {
+    dtype: torch.arange(256, dtype=torch.uint8).view(stored).float().numpy()
+    for dtype, stored in FP8.items()
+}
+FP8_LARGEST = {tl.float8e4nv: 0x7E, tl.float8e5: 0x7B}  # the codes of 448 and of 57344
+FP8_NAN = 0x7F
+BF16_NAN = 0x7FFF
+ENCODED = (tl.bfloat16, *FP8)  # what numpy has no dtype for: stored as unsigned integers
+
+
+def decode(data: Array, dtype: tl.dtype) -> Array:
+    """The numbers that `data` stands for: float32 if it stores bf16 or fp8, else itself."""
+    if dtype.scalar == tl.bfloat16:
+        return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
+    if dtype.scalar in FP8:
+        return FP8_VALUES[dtype.scalar][np.asarray(data).view(np.uint8)]
+    return data
+
+
+def encode(values: Array, dtype: tl.dtype, toward_zero: bool = False) -> Array:
+    """`values` as they are stored in `dtype`, rounded to nearest even (bf16 also `toward_zero`)."""
+    if dtype.scalar == tl.bfloat16:
+        return _encode_bf16(values, toward_zero)
+    if dtype.scalar in FP8:
+        return _encode_fp8(values, dtype.scalar)
+    return np.asarray(values).astype(stock._get_np_dtype(dtype.scalar))
+
+
+def _encode_bf16(values: Array, toward_zero: bool) -> Array:
+    values = np.asarray(values)
+    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(values.shape).view(np.uint32)
+    half = np.uint32(0 if toward_zero else 0x7FFF)
+    odd = np.uint32(0) if toward_zero else (bits >> 16) & 1
+    rounded = ((bits + (odd + half)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(BF16_NAN), rounded)
+
+
+def _encode_fp8(values: Array, dtype: tl.dtype) -> Array:
+    """Nearest even, and the largest finite value for all beyond it, as cvt.rn.satfinite."""
+    values = np.asarray(values, np.float32)
+    codes = FP8_VALUES[dtype][: FP8_LARGEST[dtype] + 1]
+    middles = (codes[1:] + codes[:-1]) / 2
+    below = np.searchsorted(middles, np.abs(values), "left")
+    above = np.searchsorted(middles, np.abs(values), "right")
+    tie_to_even = np.where((below == above) | (below % 2 == 0), below, above).astype(np.uint8)
+    signed = tie_to_even | (np.signbit(values).astype(np.uint8) << 7)
+    return np.where(np.isnan(values), np.uint8(FP8_NAN), signed)
+
+
+def number(handle: TensorHandle) -> Array:
+    """The numbers in a handle of the interpreter."""
+    return decode(handle.data, handle.dtype)
+
+
+def in_bf16(values: Array) -> TensorHandle:
+    return TensorHandle(_encode_bf16(values, False), tl.bfloat16)
+
+
+def is_bf16(handle: TensorHandle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _convert_float(data: Array, source: tl.dtype, target: tl.dtype, rounding: Any) -> Array:
+    """Replaces the stock conversion between floating-point types."""
+    known = (tl.float16, tl.float32, tl.float64, *ENCODED)
+    toward_zero = rounding == ir.ROUNDING_MODE.RTZ
+    if source not in known or target not in known or (toward_zero and target != tl.bfloat16):
+        raise TypeError(f"no conversion from {source} to {target} in rounding mode {rounding}")
+    return encode(decode(data, source), target, toward_zero)
+
+
+def erf(x: Array) -> Array:
+    return torch.erf(torch.from_numpy(np.array(x))).numpy()
+
+
+# CUDA's math library by the names of its functions, without the suffix f of single precision.
+LIBDEVICE: dict[str, Callable[..., Array]] = {
+    "copysign": np.copysign,
+    "erf": erf,
+    "exp": np.exp,
+    "exp10": lambda x: np.power(10.0, x),
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "fabs": np.abs,
+    "fast_exp": np.exp,
+    "fast_fdivide": np.divide,
+    "fast_log": np.log,
+    "fast_log2": np.log2,
+    "fast_pow": np.power,
+    "fast_tanh": np.tanh,
+    "fdiv_rn": np.divide,
+    "floor": np.floor,
+    "fmax": np.fmax,
+    "fmin": np.fmin,
+    "fmod": np.fmod,
+    "isinf": np.isinf,
+    "isnan": np.isnan,
+    "log": np.log,
+    "log1p": np.log1p,
+    "log2": np.log2,
+    "nearbyint": np.rint,
+    "pow": np.power,
+    "rint": np.rint,
+    "round": lambda x: np.trunc(x + np.copysign(0.5, x)),
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "trunc": np.trunc,
+}
+
+
+class Corrected(stock.InterpreterBuilder):
+    """The interpreter's operations. `memory` holds the (start, end) addresses that may be touched."""
+
+    memory: list[tuple[int, int]] | None
+
+    # Arithmetic: on numbers, not on the integers that store them.
+
+    def unary_op(self, x: TensorHandle, op: Any) -> TensorHandle:
+        return in_bf16(op(number(x))) if is_bf16(x) else super().unary_op(x, op)
+
+    def binary_op(self, x: TensorHandle, y: TensorHandle, op: Any) -> TensorHandle:
+        if not is_bf16(x):
+            return super().binary_op(x, y, op)
+        result = op(number(x), number(y))
+        return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else in_bf16(result)
+
+    def ternary_op(
+        self, x: TensorHandle, y: TensorHandle, z: TensorHandle, op: Any
+    ) -> TensorHandle:
+        if op is np.where or not is_bf16(z):
+            return super().ternary_op(x, y, z, op)
+        return in_bf16(op(number(x), number(y), number(z)))
+
+    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        product = number(x).astype(np.float64) * number(y)  # exact, so the sum is rounded once
+        return TensorHandle(encode((product + number(z)), z.dtype), z.dtype.scalar)
+
+    def create_erf(self, x: TensorHandle) -> TensorHandle:
+        return TensorHandle(erf(x.data), x.dtype.scalar)
+
+    def get_bf16(self, value: float) -> TensorHandle:
+        return in_bf16(np.array([value], np.float32))
+
+    def cast_impl(self, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        if x.dtype.scalar not in ENCODED and dtype.scalar not in ENCODED:
+            return super().cast_impl(x, dtype)
+        return TensorHandle(encode(number(x), dtype), dtype.scalar)
+
+    def create_dot(
+        self, x: TensorHandle, y: TensorHandle, acc: TensorHandle, precision: Any, imprecise: Any
+    ) -> TensorHandle:
+        a, b = number(x), number(y)
+        # float64 is exact on integers, and goes through BLAS; fp16 products are exact in float32.
+        wide = np.float64 if a.dtype.kind in "iu" else np.promote_types(a.dtype, np.float32)
+        product = np.matmul(a.astype(wide), b.astype(wide))
+        return TensorHandle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
+
+    def create_extern_elementwise(
+        self, library: str, path: str, symbol: str, args: Any, result: tl.dtype, pure: bool
+    ) -> TensorHandle:
+        name = symbol.removeprefix("__nv_")
+        function = LIBDEVICE.get(name) or LIBDEVICE.get(name.removesuffix("f"))
+        if function is None:
+            raise KeyError(f"add {symbol} to LIBDEVICE in {__file__}")
+        return TensorHandle(encode(function(*map(number, args)), result), result.scalar)
+
+    # Memory: every address is checked.
+
+    def check(self, pointers: TensorHandle, mask: Array) -> None:
+        """Raise IndexError unless all pointers under the mask lie in tensors of the launch."""
+        addresses, mask = np.broadcast_arrays(pointers.data, mask)
+        addresses = addresses[mask.astype(bool)]
+        if self.memory is None or not addresses.size:
+            return
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        inside = np.zeros(addresses.shape, bool)
+        for start, end in self.memory:
+            inside |= (addresses >= np.uint64(start)) & (addresses + size <= np.uint64(end))
+        if not inside.all():
+            outside = f"{int((~inside).sum())} of {addresses.size} lanes"
+            raise IndexError(f"out-of-bounds access in program {self.grid_idx}: {outside}")
+
+    def create_masked_load(
+        self, pointers: TensorHandle, mask: TensorHandle, *args: Any, **kwargs: Any
+    ) -> TensorHandle:
+        self.check(pointers, mask.data)
+        return super().create_masked_load(pointers, mask, *args, **kwargs)
+
+    def create_masked_store(
+        self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *args: Any
+    ) -> None:
+        self.check(pointers, mask.data)
+        return super().create_masked_store(pointers, value, mask, *args)
+
+    def create_atomic_cas(self, pointers: TensorHandle, *args: Any) -> TensorHandle:
+        self.check(pointers, np.ones_like(pointers.data, bool))
+        return super().create_atomic_cas(pointers, *args)
+
+    def create_atomic_rmw(
+        self, op: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *args: Any
+    ) -> TensorHandle:
+        self.check(pointers, mask.data)
+        if not (is_bf16(value) and op == ir.ATOMIC_OP.FADD):
+            return super().create_atomic_rmw(op, pointers, value, mask, *args)
+        return self._add_bf16(pointers, value, mask)
+
+    def _add_bf16(
+        self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle
+    ) -> TensorHandle:
+        """Add lane by lane, since lanes may name the same address."""
+        broadcast = np.broadcast_arrays(pointers.data, value.data, mask.data)
+        addresses, values, lanes = (np.ravel(x) for x in broadcast)
+        before = np.zeros(addresses.shape, np.uint16)
+        one, zero = np.ones(1, bool), np.zeros(1, np.uint16)
+        for i in np.flatnonzero(lanes):
+            address = np.ascontiguousarray(addresses[i : i + 1])
+            old = stock._interpreter.load(address, one, zero, np.dtype(np.uint16))
+            total = decode(old, tl.bfloat16) + decode(values[i : i + 1], tl.bfloat16)
+            stock._interpreter.store(address, _encode_bf16(total, False), one)
+            before[i] = old[0]
+        return TensorHandle(before.reshape(np.shape(pointers.data)), tl.bfloat16)
+
+
+# The reductions and scans that the stock interpreter hands to NumPy as a whole.
+WHOLE = {"_sum_combine", "_prod_combine", "_elementwise_max", "_elementwise_min"} | {
+    f"_arg{which}_combine_tie_break_{tie}" for which in ("min", "max") for tie in ("left", "fast")
+}
+
+
+def _reduce_in_float32(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a reduction or scan of bf16 see numbers; its result is rounded once."""
+
+    def apply_impl(self: Any, inputs: tuple[tl.tensor, ...]) -> Any:
+        bf16 = any(x.dtype == tl.bfloat16 for x in inputs)
+        if not bf16 or self.combine_fn.__name__ not in WHOLE:
+            return apply(self, inputs)
+        wide = tuple(
+            self.to_tensor(number(x.handle), tl.float32) if x.dtype == tl.bfloat16 else x
+            for x in inputs
+        )
+        result = apply(self, wide)
+        if isinstance(result, list | tuple):
+            return tuple(narrow(self, x) for x in result)
+        return narrow(self, result)
+
+    def narrow(self: Any, x: tl.tensor) -> tl.tensor:
+        if x.dtype != tl.float32:
+            return x  # the index of an argmax
+        stored = _encode_bf16(x.handle.data, False)
+        return self.to_tensor(stored if x.shape else stored[0], tl.bfloat16)
+
     return apply_impl
-_active = False
+
+
+def _implicit_conversion(arg: Any, convert: Callable[[Any], Any] = stock._implicit_cvt) -> Any:
+    """Stock Triton 3.6 and 3.7 refuse Python's bools as arguments of a kernel."""
+    if isinstance(arg, bool):
+        return tl.tensor(TensorHandle(np.array([arg]), tl.int1), tl.int1)
+    return convert(arg)
+
+
+def _interpreted(kernel: JITFunction[Any]) -> InterpretedFunction:
+    """The interpreted form of a kernel, made once; kept on it, since hashing one reads its source."""
+    attributes = vars(kernel)
+    if "interpreted" not in attributes:
+        attributes["interpreted"] = InterpretedFunction(kernel.fn)
+    return attributes["interpreted"]
+
+
+def _storages(values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """The (start, end) addresses of all tensors in `values`, those in tuples and descriptors too."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _storages(value)
+        elif isinstance(tensor := getattr(value, "base", value), torch.Tensor):
+            storage = tensor.untyped_storage()
+            yield storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _bound(member: Callable[..., Any]) -> Callable[..., Any]:
+    """A builtin of the language that knows the interpreter."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return member(*args, **{**kwargs, "_semantic": stock.interpreter_semantic})
+
+    return call
+
+
+class _NoScope:
+    def restore(self) -> None:
+        """The language stays patched until the block ends."""
+
+
+def _patch_language(put: Callable[[Any, str, Any], None], scope: Any) -> None:
+    """Patch the language once a block; stock does it at every call of a device function."""
+    for package in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+        for name, member in inspect.getmembers(package):
+            if tl.core.is_builtin(member):
+                put(package, name, _bound(member))
+    stock._patch_lang_tensor(tl.tensor, scope)
+    stock._patch_lang_core(tl, scope)
+    stock._patch_lang_core(tl.core, scope)
+    put(stock, "_patch_lang", lambda fn: _NoScope())
+    # Triton 3.6 beside NumPy 2.4: a one-element array is no index.
+    put(tl.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(())))
+    for name, member in list(vars(tl.tensor).items()):
+        if isinstance(member, JITFunction):  # x.sum(), x.max(): an object does not bind self
+            put(tl.tensor, name, lambda *args, _member=member, **kwargs: _member(*args, **kwargs))
+    for name, member in inspect.getmembers(cuda_libdevice, callable):
+        if hasattr(libdevice, name) and not name.startswith("_"):
+            put(libdevice, name, _bound(member))
+            put(cuda_libdevice, name, _bound(member))
+
+
+def _patch_builder(put: Callable[[Any, str, Any], None], sm: int) -> None:
+    builder = stock.interpreter_builder
+    put(builder, "__class__", Corrected)
+    put(builder, "memory", None)
+    smallest = min_dot_size(GPUTarget("cuda", sm, 32))  # stock takes dots of any size
+    put(builder, "codegen_fns", {**builder.codegen_fns, "min_dot_size": smallest})
+    put(stock, "_convert_float", _convert_float)
+    put(stock, "_implicit_cvt", _implicit_conversion)
+    for operations in (stock.ReduceOps, stock.ScanOps):
+        put(operations, "apply_impl", _reduce_in_float32(operations.apply_impl))
+
+
+def _launcher(check_bounds: bool, allow: Sequence[torch.Tensor]) -> Callable[..., None]:
+    """What `kernel[grid](...)` calls."""
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        if check_bounds:
+            tensors = [*args, *kwargs.values(), *allow]
+            stock.interpreter_builder.memory = list(_storages(tensors))
+        with np.errstate(all="ignore"):  # a GPU makes its infinities and NaNs in silence
+            _interpreted(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+
+    return run
+
+
 @contextlib.contextmanager
-def interpret(sm=90, check_bounds=True, allow=()):   # allow: tensors reached through pointers stored in memory
-    global _active, CHECK_BOUNDS, _extra
-    if _active:
-        with kernels_on_cpu(sm): yield
+def interpret(
+    sm: int = 90, check_bounds: bool = True, allow: Sequence[torch.Tensor] = ()
+) -> Iterator[None]:
+    """Launch kernels on CPU tensors in the interpreter, as on capability `sm`.
+
+    An access outside of the tensors of the launch is an IndexError with the program's id (inside of
+    Triton's InterpreterError). `allow` names tensors that are reached through pointers in memory.
+    In a block within a block only `sm` counts.
+    """
+    if isinstance(stock.interpreter_builder, Corrected):
+        with kernels_on_cpu(sm):
+            yield
         return
-    S = ti._LangPatchScope(); put = S.set_attr; sem = ti.interpreter_semantic; _active, CHECK_BOUNDS, _extra = True, check_bounds, allow
+    scope = stock._LangPatchScope()
     try:
-        put(ti, '_convert_float', _convert_float); put(ti, '_implicit_cvt', _implicit_cvt); put(ti.GridExecutor, '_init_args_hst', _init_args_hst)
-        for n, f in _BUILDER.items(): put(B, n, f)
-        for c in (ti.ReduceOps, ti.ScanOps): put(c, 'apply_impl', _promote(c.apply_impl))
-        bind = lambda m: lambda *a, **k: m(*a, **{**k, '_semantic': sem})
-        for pkg in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):      # patched ONCE per block; stock re-patches on every
-            for n, m in inspect.getmembers(pkg):                                           # device-function call and leaks patches in tl.core
-                if tl.core.is_builtin(m): put(pkg, n, bind(m))
-        ti._patch_lang_tensor(tl.tensor, S); ti._patch_lang_core(tl, S); ti._patch_lang_core(tl.core, S)
-        put(tl.tensor, '__index__', lambda self: int(np.asarray(self.handle.data).reshape(())))                # numpy >= 2.4 with triton 3.6
-        for n, m in list(vars(tl.tensor).items()):
-            if isinstance(m, JITFunction): put(tl.tensor, n, (lambda f: lambda *a, **k: f(*a, **k))(m))        # x.sum(), x.max() ...
-        if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 8):
-            ds, cx = tl.dot_scaled, lambda v: v if isinstance(v, tl.constexpr) else tl.constexpr(v)
-            for mod in (tl, tl.core): put(mod, 'dot_scaled', lambda l, ls, lf, r, rs, rf, acc=None, *a, **k: ds(l, ls, cx(lf), r, rs, cx(rf), acc, *a, **k))
-        for n, m in inspect.getmembers(_cld, callable):
-            if hasattr(_ld, n) and not n.startswith('_'): put(_ld, n, bind(m)); put(_cld, n, bind(m))
-        put(ti, '_patch_lang', lambda fn: type('Null', (), {'restore': lambda self: None})())
-        put(ti.interpreter_builder, 'codegen_fns', {**ti.interpreter_builder.codegen_fns, 'min_dot_size': lambda l, r: (1, 1, 32 if l.scalar.primitive_bitwidth == 8 else 16)})
-        put(JITFunction, 'run', lambda self, *a, grid, warmup=False, **k: _interp(self).run(*a, grid=grid, warmup=warmup, **k))
-        put(JITFunction, '__call__', lambda self, *a, **k: _interp(self)(*a, **k))
-        put(Autotuner, '_bench', lambda self, *a, config, **k: [float(self.configs.index(config))] * 3)        # first config wins, nothing is timed
-        put(triton.knobs.runtime, 'interpret', True)
-        with np.errstate(over="ignore"), kernels_on_cpu(sm): yield   # a GPU overflows to infinity in silence
-    finally: S.restore(); _active = False; triton.knobs.runtime.interpret = False
+        _patch_language(scope.set_attr, scope)
+        _patch_builder(scope.set_attr, sm)
+        scope.set_attr(JITFunction, "run", _launcher(check_bounds, allow))
+        scope.set_attr(JITFunction, "__call__", lambda self, *a, **k: _interpreted(self)(*a, **k))
+        scope.set_attr(triton.knobs.runtime, "interpret", True)
+        with kernels_on_cpu(sm):
+            yield
+    finally:
+        scope.restore()
