@@ -222,15 +222,16 @@ def test_largest_logits_in_one_lane(device, small_tiles):
     logits[5::64] = 9 - 0.1 * torch.randperm(13)
     settings = [(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.3, 0.0)]
     # of the 12, e^-0.1 apart, 0.3 of the mass is in three; of the four in the lane, in two
-    settings += [(1.0, 12, 0.3, 0.0)] * 5
-    agrees(logits.expand(8, -1).to(device), requests(settings, device))
+    settings += [(1.0, 12, 0.3, 0.0)] * 5 + [(9.0, 12, 0.3, 0.0)] * 2
+    agrees(logits.expand(10, -1).to(device), requests(settings, device))
 
 
 def test_search_counts_what_lies_above_its_bracket(device, small_tiles):
-    """A hundred logits far above leave a wide bracket, which the lanes finish, to hold fifty more."""
-    logits = torch.randn(300)
-    logits[torch.randperm(300)[:100]] = 1e4
-    settings = [(1e5, 150, 1.0, 0.0), (1e5, 0, 0.55, 0.0)] * 4
+    """Twenty logits of one lane lie far above; the lanes find the ten more, of 63, that are kept."""
+    logits = torch.full((1280,), -torch.inf)
+    logits[:64] = torch.randn(64)
+    logits[::64] = 1e4
+    settings = [(1e5, 30, 1.0, 0.0), (1e5, 0, 0.37, 0.0)] * 4
     agrees(logits.expand(8, -1).to(device), requests(settings, device))
 
 
