@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from tlk.kernels import _paged_torch
 from tlk.kernels._check import (
     FLOATS,
     check_device,
@@ -32,13 +33,6 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._op import op
-from tlk.kernels._paged_torch import (
-    QUERIES_AT_ONCE,
-    attend,
-    gather,
-    paged_attention_torch,
-    visible,
-)
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -61,11 +55,13 @@ def paged_attention_reference(
     for (queries, _), batch in alike.items():
         pages = -(-max(lengths[s] for s in batch) // k_cache.shape[2])
         length = seq_lens[batch].long()[:, None]  # [B, 1]
-        k, v, seen = gather(k_cache, v_cache, page_table[batch, :pages], length, queries, window)
-        for at in torch.arange(queries, device=q.device).split(QUERIES_AT_ONCE):
+        k, v, seen = _paged_torch.gather(
+            k_cache, v_cache, page_table[batch, :pages], length, queries, window
+        )
+        for at in torch.arange(queries, device=q.device).split(_paged_torch.QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
-            shown = visible(length - queries + at, seen, window)
-            out[rows] = attend(q[rows], k, v, shown, softmax_scale, softcap, sinks)
+            shown = _paged_torch.visible(length - queries + at, seen, window)
+            out[rows] = _paged_torch.attend(q[rows], k, v, shown, softmax_scale, softcap, sinks)
     return out
 
 
@@ -108,8 +104,7 @@ def _attend_tiles(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, triton.next_power_of_2(D))
     dv = tl.arange(0, triton.next_power_of_2(DV))
-    # Read a tile ahead: loads of keys that wait for a page id in the same iteration would get
-    # half the depth of the software pipeline.
+    # Read a tile ahead: loads behind a page id of the same iteration get half the pipeline's depth.
     next_page = _pages(table_ptr, begin, first, last, PAGE, BLOCK_N)
     for tile in range(begin, end):
         page = next_page
@@ -160,9 +155,8 @@ def _locate(
 ):  # fmt: skip
     """This program's sequence, `n_seqs` standing for the padding, and its first row there.
 
-    Sequence s owns tiles cu[s]·GROUP // BLOCK_M + s onwards, enough for its rows whatever the
-    lengths, so the size of the grid needs their sum only. The last tiles of a prompt, which see
-    the most keys, start first.
+    Sequence s owns tiles cu[s]·GROUP // BLOCK_M + s onwards, enough for its rows in a grid that
+    depends on T and S only. The last tiles of a prompt, which see the most keys, start first.
     """
     if DECODE:
         tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
@@ -310,10 +304,9 @@ def _combine_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How a call runs: tile sizes, `dot` for tl.dot or else multiply and sum, and `branch`.
+    """Tile sizes; `dot` or else multiply and sum; `branch` around the mask of tiles that need none.
 
-    `branch` skips the mask of tiles that need none. A branch between its two dots costs mma.sync
-    the layout in which scores stay in registers; wgmma and tcgen05 keep theirs.
+    The branch costs mma.sync, but not wgmma and tcgen05, a layout that keeps scores in registers.
     """
 
     block_m: int
@@ -380,7 +373,9 @@ def _paged_attention(
 ) -> Tensor:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
     if _backend(*tensors, max_q) == "torch":
-        return paged_attention_torch(*tensors, max_q, softmax_scale, window, softcap, sinks)
+        return _paged_torch.paged_attention_torch(
+            *tensors, max_q, softmax_scale, window, softcap, sinks
+        )
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
     if out.numel():
         _launch(out, *tensors, max_q, softmax_scale, window, softcap, sinks)
@@ -445,9 +440,9 @@ def paged_attention(
     tokens up to itself, `softcap` > 0 bounds the scaled scores by softcap·tanh(s / softcap), and
     `sinks` [H] are logits that add to the denominator of the softmax alone.
 
-    Returns [T, H, Dv] in the dtype of `q`: float32, float16 or bfloat16, also that of the caches.
-    Rows that see nothing, and rows beyond `cu_seqlens_q[S]`, are 0. Raises ValueError or TypeError
-    on shapes, dtypes, devices or layouts other than these.
+    Returns [T, H, Dv] in the dtype of `q` and of the caches: float32, float16 or bfloat16. Rows
+    that see nothing and rows beyond `cu_seqlens_q[S]` are 0. Head dims reach 256. Raises ValueError
+    or TypeError on shapes, dtypes, devices or layouts other than these.
     """
     _check(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks)
     if max_q < 0:
