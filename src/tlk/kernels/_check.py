@@ -10,7 +10,9 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     """Raise TypeError unless `tensor` has one of the `allowed` dtypes."""
     if tensor.dtype not in allowed:
         expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
