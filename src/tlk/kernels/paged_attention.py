@@ -53,11 +53,10 @@ def paged_attention_reference(
         if queries and length:
             alike.setdefault((queries, length.bit_length()), []).append(s)
     for (queries, _), batch in alike.items():
-        pages = -(-max(lengths[s] for s in batch) // k_cache.shape[2])
+        longest = max(lengths[s] for s in batch)
+        table = page_table[batch, : -(-longest // k_cache.shape[2])]
         length = seq_lens[batch].long()[:, None]  # [B, 1]
-        k, v, seen = _paged_torch.gather(
-            k_cache, v_cache, page_table[batch, :pages], length, queries, window
-        )
+        k, v, seen = _paged_torch.gather(k_cache, v_cache, table, length, queries, window)
         for at in torch.arange(queries, device=q.device).split(_paged_torch.QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
             shown = _paged_torch.visible(length - queries + at, seen, window)

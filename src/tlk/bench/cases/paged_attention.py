@@ -1,4 +1,4 @@
-"""Attention over a paged cache: decode, speculative decode, prefill, chunked prefill and mixed steps."""
+"""Attention over a paged cache: decode, a few queries each, prefill, chunks and mixed steps."""
 
 from dataclasses import dataclass
 from itertools import accumulate
