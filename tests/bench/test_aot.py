@@ -35,7 +35,7 @@ def test_run_reports_kernels_and_violations():
     kernels, wrong = run(jobs, workers=1)
     assert sorted(m.loads_128 > 0 for m in kernels.values()) == [False, True]
     scalar, crashed = wrong
-    assert scalar.startswith("copy-64Ki bfloat16 sm_80: _copy_kernel: ") and "none wider" in scalar
+    assert scalar.startswith("copy-64Ki bfloat16 sm_80: _copy_kernel: ") and "0 wider" in scalar
     assert crashed.startswith("bad-64Ki bfloat16 sm_80: ") and "no such shape" in crashed
     table = aot.table(list(kernels.values())).splitlines()
     assert len(table) == 3 and all("_copy_kernel" in line for line in table[1:])
@@ -67,7 +67,7 @@ def test_the_command_line(monkeypatch, capsys):
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "2 kernels from 2 cases, 1 violations" in captured.out
-    assert "none wider" in captured.err
+    assert "0 wider" in captured.err
     with pytest.raises(SystemExit):
         main(["--only", "nothing"])
     assert "--only must name modules of ['bad', 'good'], got ['nothing']" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import faulthandler
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,16 @@ def test_spills_are_found():
 
 def test_scalar_loads_are_found():
     _, wrong = matmul(80, (64, 64, 32), stride=511)
-    assert any("and none wider" in w for w in wrong)
+    assert any("loads of at most 32 bits, 0 wider" in w for w in wrong)
+
+
+def test_scalar_loads_beside_vectors_are_found():
+    metrics, wrong = matmul(80, (64, 64, 32))
+    assert wrong == [] and metrics.loads_32 == 0
+    assert violations(replace(metrics, loads_32=8)) == []  # indices
+    one_operand = replace(metrics, loads_32=32, loads_128=4)
+    assert violations(one_operand) == ["32 loads of at most 32 bits, 4 wider"]
+    assert violations(one_operand, large=False) == []
 
 
 def test_full_precision_wants_no_tensor_cores():
@@ -84,9 +94,7 @@ def test_missing_tensor_cores_are_found():
     metrics, _ = matmul(75, (32, 32, 16))
     assert metrics.wants_tensor_cores and metrics.tensor_core_ops == 0
     assert violations(metrics) == []  # sm_75: Triton has no tensor-core path
-    fields = {name: getattr(metrics, name) for name in metrics.__dataclass_fields__}
-    on_80 = aot.Metrics(**{**fields, "sm": 80})
-    assert violations(on_80) == ["tl.dot without a tensor-core instruction"]
+    assert violations(replace(metrics, sm=80)) == ["tl.dot without a tensor-core instruction"]
 
 
 def test_the_host_path_runs_for_each_sm():

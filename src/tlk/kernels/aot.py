@@ -175,7 +175,7 @@ class Metrics:
     """What the machine code of one kernel needs and does; loads are static counts of instructions.
 
     `loads_128` counts loads of 128 bits a thread or more and TMA, `loads_32` those of 32 bits or
-    less. `spill_bytes` is what ptxas calls spill stores.
+    less and of one int64. `spill_bytes` is what ptxas calls spill stores.
     """
 
     kernel: str
@@ -253,8 +253,10 @@ def violations(metrics: Metrics, large: bool = True) -> list[str]:
         wrong.append(f"{m.local_in_loop} local-memory instructions in the main loop")
     if m.wants_tensor_cores and m.sm >= 80 and not m.tensor_core_ops:
         wrong.append("tl.dot without a tensor-core instruction")
-    if large and m.loads_32 and not (m.loads_128 or m.loads_64 or m.wide_stores):
-        wrong.append(f"{m.loads_32} loads of at most 32 bits and none wider")
+    wide = m.loads_128 + m.loads_64
+    scalar = m.loads_32 > max(16, wide) or (m.loads_32 > 0 and wide + m.wide_stores == 0)
+    if large and scalar:  # a few beside vectors are indices, scales, lengths
+        wrong.append(f"{m.loads_32} loads of at most 32 bits, {wide} wider")
     return wrong
 
 
@@ -263,7 +265,8 @@ def _accesses(ptx: str) -> tuple[Counter[int], Counter[int]]:
     loads: Counter[int] = Counter(8 * int(n, 0) for n in _ASYNC_PTX.findall(ptx))
     stores: Counter[int] = Counter()
     for kind, vector, bits in _ACCESS_PTX.findall(ptx):
-        (loads if kind == "ld" else stores)[int(vector or 1) * int(bits)] += 1
+        width = int(vector) * int(bits) if vector else min(int(bits), 32)  # an int64 is no vector
+        (loads if kind == "ld" else stores)[width] += 1
     for target in _BULK_PTX.findall(ptx):
         (stores if target == "global" else loads)[128] += 1
     return loads, stores
