@@ -288,6 +288,7 @@ def test_generate_from_embeddings(ran):
     assert torch.equal(model.generate(**kwargs), original.generate(**kwargs))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of torch's compiler, on a GPU
 def test_static_cache_goes_to_the_original():
     original, model = pair()
     ids, _ = prompts()

@@ -95,7 +95,8 @@ def dense(r: Requests, dtype, scale=None, softcap=0.0, sinks=None) -> Tensor:
         if sinks is not None:
             sink = sinks.to(dtype)[:, None, None].expand(-1, n, 1)
             scores = torch.cat([scores, sink], -1)
-        p = torch.softmax(scores.float(), -1).to(dtype)[..., :length]
+        wide = torch.promote_types(dtype, torch.float32)
+        p = torch.softmax(scores, -1, dtype=wide).to(dtype)[..., :length]
         o = p.nan_to_num(0.0) @ v if length else q.new_zeros(r.heads, n, r.dv)
         out[r.cu[s] : r.cu[s + 1]] = o.transpose(0, 1)
     return out
@@ -104,7 +105,7 @@ def dense(r: Requests, dtype, scale=None, softcap=0.0, sinks=None) -> Tensor:
 def verify(r: Requests, scale=None, softcap=0.0, sinks=None) -> Tensor:
     options = {"softcap": softcap, "sinks": sinks}
     out = paged_attention(*r.args, softmax_scale=scale, window=r.window, **options)
-    like, exact = dense(r, r.dtype, scale, **options), dense(r, torch.float32, scale, **options)
+    like, exact = dense(r, r.dtype, scale, **options), dense(r, torch.float64, scale, **options)
     check(out, like, exact)
     return out
 

@@ -179,5 +179,5 @@ def _device(ids: Tensor) -> str:
 
 
 def _versions() -> dict[str, str]:
-    own = {"tlk": __version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in ("torch", "triton", "transformers")}
+    own = {"tlk": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in ("triton", "transformers")}
