@@ -17,7 +17,7 @@ from tlk.demo.generate import EMBEDDED, encode, load
 from tlk.hf.cache import PagedCache
 from tlk.optimize import Report, optimize, report
 
-PROMPT = 'def open_file(path, mode=\'r\'):\n    """'
+PROMPT = 'class Stack:\n    """'
 REPEATS = 3
 
 
