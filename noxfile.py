@@ -1,6 +1,6 @@
 """Everything that is checked, runnable here: `nox` for the quick checks, `nox -s gpu` on a GPU.
 
-Without a GPU: lint, types, tests, aot, mutants (what .ci/run runs), aot_all and compat.
+Without a GPU: lint, types, tests, aot, mutants (what .ci/run runs), aot-all and compat.
 """
 
 import sys
@@ -67,7 +67,7 @@ def mutants(session: nox.Session) -> None:
     run(session, "tests.mutants.run", *(session.posargs or ("--sample", "24")))
 
 
-@nox.session
+@nox.session(name="aot-all")
 @nox.parametrize("triton", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"])
 def aot_all(session: nox.Session, triton: str) -> None:
     """Compile in every dtype, with the oldest Triton that tlk supports and those after it."""

@@ -548,6 +548,27 @@ def test_memory_returns():
     assert storages() <= before
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="counts the bytes of a GPU")
+@torch.no_grad()
+def test_gpu_memory_returns():
+    ids, mask = prompts()
+    tlk.optimize(fresh()).generate(ids, attention_mask=mask, max_new_tokens=3)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = fresh()
+    bare = torch.cuda.memory_allocated()
+    tlk.optimize(model).generate(ids, attention_mask=mask, max_new_tokens=3)
+    ropes = sum(b.nbytes for b in model._execution.binding.decoder.buffers())
+    gc.collect()
+    assert torch.cuda.memory_allocated() - bare <= ropes + 4096  # no second copy, no cache kept
+    tlk.restore(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == bare
+    del model
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
 def test_a_changed_module_sends_the_model_back(ran):
     class Wrapped(nn.Module):
         def __init__(self, inner):
@@ -664,6 +685,10 @@ def test_bad_input():
         tlk.optimize("meta-llama/Llama-3.1-8B")
     with pytest.raises(ValueError, match="at least one token"):
         model(ids[:, :0])
+    for nothing in (ids[:, :0], ids[:0]):
+        for kwargs in ({"inputs": nothing}, {"input_ids": nothing}):
+            with pytest.raises(ValueError, match="at least one sequence of at least one token"):
+                model.generate(**kwargs)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="cache of another model"):

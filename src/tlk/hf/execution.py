@@ -152,6 +152,7 @@ class Optimized:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate, with its loop over tlk's forward where that is possible."""
         state = self._execution
+        _check_not_empty(args, kwargs)
         tier, cache = ORIGINAL, None
         if not self.training:
             try:
@@ -304,6 +305,15 @@ def _needs_grad(model: Any, embeds: Tensor | None) -> Tensor | None:
     if embeds is not None and embeds.requires_grad:
         return embeds
     return next((p for p in model.parameters() if p.requires_grad), None)
+
+
+def _check_not_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    for given in (*args[:1], *named):
+        if isinstance(given, Tensor) and 0 in given.shape[:2]:
+            raise ValueError(
+                f"generate needs at least one sequence of at least one token, got shape {tuple(given.shape)}"
+            )
 
 
 def _cache_for_generate(
