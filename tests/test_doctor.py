@@ -50,8 +50,17 @@ def found(name):
 def test_without_a_gpu_everything_is_usable_and_said(bare):
     checks = check()
     assert usable(checks)
-    assert [c.name for c in checks if c.state == "note"] == ["driver", "GPU"]
+    assert [c.name for c in checks if c.state == "note"] == ["driver", "GPU", "tuned tables"]
     assert str(found("GPU")).startswith("note  GPU             none: every op runs as its PyTorch")
+
+
+def test_without_a_gpu_a_missing_compiler_is_a_note(bare, monkeypatch):
+    def missing():
+        raise UnsupportedError("Triton needs a C compiler")
+
+    monkeypatch.setattr(toolchain, "require_c_compiler", missing)
+    monkeypatch.setattr(toolchain, "ptxas_version", lambda: None)
+    assert found("C compiler").state == found("ptxas").state == "note" and usable(check())
 
 
 def test_a_complete_gpu_machine_is_usable(gpu):

@@ -3,7 +3,7 @@
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import W_OK, access
 from pathlib import Path
@@ -37,11 +37,13 @@ class Check:
 
 def check() -> list[Check]:
     """Look at everything that running kernels needs; launches nothing."""
-    checks = [_versions(), _driver(), _gpu()]
-    if torch.cuda.is_available():
-        checks += [_compiler(), _ptxas(), _tables()]
     return [
-        *checks,
+        _versions(),
+        _driver(),
+        _gpu(),
+        _only_a_note_without_a_gpu(_compiler()),
+        _only_a_note_without_a_gpu(_ptxas()),
+        _tables(),
         _folder("tlk's cache", tuning.cache_dir()),
         _folder("Triton's cache", Path(knobs.cache.dir)),
     ]
@@ -50,6 +52,12 @@ def check() -> list[Check]:
 def usable(checks: list[Check]) -> bool:
     """Whether no check found a fault; without a GPU tlk is usable, on its references."""
     return all(c.state != "fault" for c in checks)
+
+
+def _only_a_note_without_a_gpu(check: Check) -> Check:
+    if check.state == "fault" and not torch.cuda.is_available():
+        return replace(check, state="note")
+    return check
 
 
 def _versions() -> Check:
@@ -122,6 +130,8 @@ def _ptxas() -> Check:
 
 
 def _tables() -> Check:
+    if not torch.cuda.is_available():
+        return Check("tuned tables", "note", "none looked for: they belong to a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     name = tuning.device_name(device)
     found = tuning.tables(device)
