@@ -472,6 +472,19 @@ def test_weights_loaded_later_are_used(ran):
     ran(model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_resizing_the_vocabulary(tied, ran):
+    original, model = pair(tie_word_embeddings=tied)
+    ran(model)
+    for m in (original, model):
+        torch.manual_seed(2)
+        m.resize_token_embeddings(131, mean_resizing=False)
+    ids, _ = prompts()
+    assert model(ids).logits.shape[-1] == 131
+    close(model(ids).logits, original(ids).logits)
+
+
 @torch.no_grad()
 def test_saving_and_loading(tmp_path, ran):
     original, model = pair("qwen3")

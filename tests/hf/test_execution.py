@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from tests.models.zoo import tiny
-from tlk.hf import call
+from tlk.hf import call, execution
+from tlk.hf.call import Inexpressible
 from tlk.hf.execution import Execution, Optimized, optimized_class
 from tlk.optimize import optimize
 
@@ -29,11 +31,12 @@ def test_decode_in_generate_examines_nothing(monkeypatch):
     assert len(seen) == 1
 
 
-def test_a_refusal_is_not_tried_again_at_every_call():
+def test_a_refusal_is_not_tried_again_at_every_call(monkeypatch):
+    tries = []
+    binds = execution.bind
+    monkeypatch.setattr(execution, "bind", lambda model: tries.append(model) or binds(model))
     state, model = Execution(), tiny("llama").double()
     for _ in range(2):
-        try:
+        with pytest.raises(Inexpressible, match="float64"):
             state.ready(model)
-        except Exception as error:
-            assert "float64" in str(error)
-    assert "float64" in state.refused and state.binding is None
+    assert "float64" in state.refused and state.binding is None and len(tries) == 1
