@@ -289,14 +289,15 @@ def test_generate_from_embeddings(ran):
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of torch's compiler, on a GPU
-def test_static_cache_goes_to_the_original():
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_named_cache_goes_to_the_original(kind):
     original, model = pair()
     ids, _ = prompts()
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
     with pytest.warns(tlk.FallbackWarning, match="cache_implementation"):
         out = model.generate(ids, **kwargs)
     assert torch.equal(out, original.generate(ids, **kwargs))
-    assert "cache_implementation='static'" in str(tlk.report(model))
+    assert f"cache_implementation='{kind}'" in str(tlk.report(model))
     assert tlk.report(model).generates == {"original": 1}
 
 

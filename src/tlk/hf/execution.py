@@ -330,7 +330,7 @@ def _cache_for_generate(
     given = kwargs.get("past_key_values")
     if given is not None and not isinstance(given, PagedCache):
         raise Inexpressible(f"past_key_values is a {type(given).__name__}, not tlk's PagedCache")
-    if (name := option("cache_implementation")) not in (None, "dynamic"):
+    if (name := option("cache_implementation")) is not None:
         raise Inexpressible(f"cache_implementation={name!r}")
     if isinstance(kwargs.get("custom_generate"), str):
         raise Inexpressible("custom_generate names code of a repository")
