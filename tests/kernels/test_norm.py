@@ -173,7 +173,7 @@ def test_the_kernel_ran_and_not_its_reference(run, device, monkeypatch):
         x, w = torch.randn(40, n, device=device), torch.randn(n, device=device)
         second = {"rms_norm": (w,), "add_rms_norm": (x, w), "layer_norm": (w, w)}[run]
         getattr(norm, run)(x, *second)
-    rows_per_program = default_config(64)[0]
+    rows_per_program = default_config(64, 4)[0]
     assert short == [(-(-40 // rows_per_program),)]
     assert long == [(40,)]
 
