@@ -132,3 +132,14 @@ def test_every_op_has_mutants_and_benchmarks(module):
     measured = {case.op for case in load_cases().get(module, ())}
     assert measured >= set(ops()[module]), f"bench/cases/{module}.py measures only {measured}"
     assert (ROOT / f"bench/bench_{module}.py").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_code_comes_with_a_checkpoint(path):
+    """Pickles are never read, and a repository's own code is never trusted on the user's behalf."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.keyword):
+            assert node.arg != "trust_remote_code"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "load")
+    assert not {i.partition(".")[0] for i in imports(path)} & {"pickle", "dill", "cloudpickle"}
