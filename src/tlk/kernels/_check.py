@@ -17,6 +17,8 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
     """Raise ValueError unless `tensor` has the `expected` shape; None stands for any size."""
+    if tensor.shape == expected:  # the usual case, in C
+        return
     if len(tensor.shape) != len(expected) or any(
         e is not None and e != n for n, e in zip(tensor.shape, expected, strict=True)
     ):

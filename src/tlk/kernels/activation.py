@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tlk.kernels._check import FLOATS, check_dtype
 from tlk.kernels._device import sm_count
+from tlk.kernels._ints import cdiv
 from tlk.kernels._op import op
 from tlk.kernels._rows import as_rows
 
@@ -88,7 +89,7 @@ def _gated(x: Tensor, activation: str) -> Tensor:
     if inner > 1:
         x, row_stride = x.contiguous(), 2 * width
     block, num_warps = default_config(y.numel(), sm_count(x.device))
-    _gated_kernel[(y.numel() // width * triton.cdiv(width, block),)](
+    _gated_kernel[(y.numel() // width * cdiv(width, block),)](
         x, y, row_stride, WIDTH=width, ACTIVATION=activation, BLOCK=block, num_warps=num_warps
     )
     return y
@@ -109,7 +110,7 @@ def _relu_squared(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         block, num_warps = default_config(y.numel(), sm_count(x.device))
-        _relu_squared_kernel[(triton.cdiv(y.numel(), block),)](
+        _relu_squared_kernel[(cdiv(y.numel(), block),)](
             x.contiguous(), y, y.numel(), BLOCK=block, num_warps=num_warps
         )
     return y

@@ -27,6 +27,7 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._device import sm
+from tlk.kernels._ints import cdiv
 from tlk.kernels._op import op
 from tlk.kernels._torch_attention import attend, by_sequence, sdpa
 
@@ -358,7 +359,7 @@ def _launch(
     unit = 8 if all(n % 8 == 0 for n in strides) else 1
     counts = (heads, group, pairs, min(wave, pairs), min(window, max_q + max_k))
     scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value
-    _flash_attention_kernel[(triton.cdiv(max_q, config["BLOCK_M"]) * pairs,)](
+    _flash_attention_kernel[(cdiv(max_q, config["BLOCK_M"]) * pairs,)](
         *tensors,
         *(n // unit for n in strides),
         max_q,

@@ -22,6 +22,7 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 
 
@@ -78,8 +79,8 @@ def _write_kv_kernel(
 
 def default_config(heads: int, d: int) -> tuple[int, int]:
     """Heads per program and warps: 8 elements a thread, 256 to 2048 a program."""
-    block_d = triton.next_power_of_2(d)
-    block_heads = min(max(2048 // block_d, 1), triton.next_power_of_2(heads))
+    block_d = next_power_of_2(d)
+    block_heads = min(max(2048 // block_d, 1), next_power_of_2(heads))
     block_heads = max(block_heads, 256 // block_d)  # a warp of 16-byte loads, padded if need be
     return block_heads, min(max(block_heads * block_d // 256, 1), 8)
 
@@ -91,11 +92,11 @@ def _write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
     if tokens == 0:
         return
     block_heads, num_warps = default_config(heads, max(dk, dv))
-    _write_kv_kernel[(tokens, 2 * triton.cdiv(heads, block_heads))](
+    _write_kv_kernel[(tokens, 2 * cdiv(heads, block_heads))](
         k, v, k_cache, v_cache, slots.contiguous(),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
         HEADS=heads, PAGE=k_cache.shape[2], DK=dk, DV=dv, BLOCK_HEADS=block_heads,
-        BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
+        BLOCK_DK=next_power_of_2(dk), BLOCK_DV=next_power_of_2(dv),
         num_warps=num_warps,
     )  # fmt: skip
 

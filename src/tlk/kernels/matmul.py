@@ -38,6 +38,7 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._device import sm, sm_count
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels.activation import _activate
 from tlk.kernels.tuning import Config, lookup
@@ -242,7 +243,7 @@ _KERNELS: dict[str, Any] = {
 def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int) -> Config:
     """The Triton configuration for up to `DECODE_ROWS` rows; fits every SM."""
     if arch < 80 or dtype == torch.float32 or m == 1:
-        block_m = min(triton.next_power_of_2(max(m, 1)), 8)
+        block_m = min(next_power_of_2(max(m, 1)), 8)
         # 4 warps of 16-byte loads cover BLOCK_K, so that lanes meet only in the last reduction
         meta = {
             "BLOCK_M": block_m,
@@ -252,7 +253,7 @@ def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int
         return {"backend": "triton", "kernel": "fma", "meta": {**meta, "num_warps": 4}}
     meta = {
         "BLOCK_M": 16,
-        "BLOCK_N": 32 if triton.cdiv(n, 32) >= 0.9 * processors else 16,
+        "BLOCK_N": 32 if cdiv(n, 32) >= 0.9 * processors else 16,
         "BLOCK_K": 64,
         "SLICES": 4,
     }
@@ -319,7 +320,7 @@ def launch(
         stride_residual = residual.stride(0)
     strides = x.stride(0), weight.stride(0), stride_residual
     kernel, meta = config["kernel"], config["meta"]
-    tiles_m, tiles_n = triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(n, meta["BLOCK_N"])
+    tiles_m, tiles_n = cdiv(m, meta["BLOCK_M"]), cdiv(n, meta["BLOCK_N"])
     even_k = k % (meta["BLOCK_K"] * meta.get("SLICES", 1)) == 0
     if kernel == "tile":
         _tile_kernel[(tiles_m * tiles_n,)](
@@ -348,10 +349,8 @@ def _cublas(
         if residual is not None:
             residual = residual.reshape(m, n)
             stride_residual = residual.stride(0)
-        block = min(triton.next_power_of_2(n), 1024)
-        _epilogue_kernel[(m * triton.cdiv(n, block),)](
-            y, residual, n, stride_residual, activation, block
-        )
+        block = min(next_power_of_2(n), 1024)
+        _epilogue_kernel[(m * cdiv(n, block),)](y, residual, n, stride_residual, activation, block)
     return y
 
 

@@ -24,6 +24,7 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels._rows import as_rows
 
@@ -152,7 +153,7 @@ def default_config(n: int, itemsize: int) -> tuple[int, int, int]:
     """Rows per program, columns per row tile and warps: 8 to 32 values a thread, any GPU."""
     if n > LONGEST_IN_REGISTERS:
         return 1, 16384 // itemsize, 16  # 8192 of float32 spill in the loop under Triton 3.9
-    block = triton.next_power_of_2(n)
+    block = next_power_of_2(n)
     rows = max(2048 // block, 1)
     return rows, block, min(rows * block // 512, 16)
 
@@ -177,7 +178,7 @@ def _launch(
             *tensors, *scalars, N=n, UNIT=unit, CENTER=center, BLOCK=block, num_warps=num_warps
         )
     else:
-        _norm_kernel[(triton.cdiv(n_rows, rows),)](
+        _norm_kernel[(cdiv(n_rows, rows),)](
             *tensors, n_rows, *scalars, N=n, UNIT=unit, CENTER=center, ROWS=rows, BLOCK=block,
             num_warps=num_warps,
         )  # fmt: skip

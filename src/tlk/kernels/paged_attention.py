@@ -32,6 +32,7 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._device import sm, sm_count
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 
 MAX_HEAD_DIM = 256
@@ -323,7 +324,7 @@ def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Con
     """
     wide, narrow = head_dim > 128, head_dim <= 64
     if sm < 80 or (dtype == torch.float32 and rows <= 16):
-        return Config(min(triton.next_power_of_2(rows), 4), 16, 4, 2, dot=False)
+        return Config(min(next_power_of_2(rows), 4), 16, 4, 2, dot=False)
     if dtype == torch.float32:
         return Config(16, 16, 8, 2) if wide else Config(32, 16, 4, 2)
     large_memory = sm in (80, 90, 100)
@@ -348,8 +349,8 @@ def split_count(programs: int, capacity: int, slots: int) -> int:
 
     The fewest that come within 15 % of the best use of the `slots` that run at once.
     """
-    most = max(min(capacity // (2 * LEAST_KEYS.value), 4 * triton.cdiv(slots, programs)), 1)
-    use = [programs * n / slots / triton.cdiv(programs * n, slots) for n in range(1, most + 1)]
+    most = max(min(capacity // (2 * LEAST_KEYS.value), 4 * cdiv(slots, programs)), 1)
+    use = [programs * n / slots / cdiv(programs * n, slots) for n in range(1, most + 1)]
     return next(n for n, u in enumerate(use, 1) if u >= 0.85 * max(use))
 
 
@@ -391,7 +392,7 @@ def _launch(
     group = heads // kv_heads
     config = default_config(sm(q.device), q.dtype, max(d, dv), max(max_q, 1) * group)
     decode, twins = max_q == 1, d == dv and k_cache.stride() == v_cache.stride()
-    tiles = max(seqs, tokens) * triton.cdiv(group, config.block_m)
+    tiles = max(seqs, tokens) * cdiv(group, config.block_m)
     if not decode:
         tiles = tokens * group // config.block_m + seqs + 1
     slots = sm_count(q.device) * (2 if config.num_warps <= 4 else 1)
@@ -411,13 +412,13 @@ def _launch(
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TWINS=twins,
-        BLOCK_S=triton.next_power_of_2(seqs + 1), num_warps=config.num_warps,
+        BLOCK_S=next_power_of_2(seqs + 1), num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(tokens, heads)](
             into, lse, cu_seqlens_q, out, seqs, splits,
-            DV=dv, BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16, num_warps=4,
+            DV=dv, BLOCK_SPLITS=next_power_of_2(splits), CHUNK=16, num_warps=4,
         )  # fmt: skip
 
 
@@ -444,12 +445,9 @@ def paged_attention(
     or TypeError on shapes, dtypes, devices or layouts other than these.
     """
     _check(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks)
-    if max_q < 0:
-        raise ValueError(f"max_q must be at least 0, got {max_q}")
-    if window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0, got {softcap}")
+    for name, value in (("max_q", max_q), ("window", window), ("softcap", softcap)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if scale <= 0:
         raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")

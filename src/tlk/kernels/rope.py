@@ -22,6 +22,7 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 
 
@@ -98,8 +99,8 @@ def _rope_kernel(
 
 def default_config(heads: int, half: int) -> tuple[int, int, int]:
     """Heads and pairs per program, and warps: 8 pairs a thread, two 16-byte loads in 16 bits."""
-    block_half = triton.next_power_of_2(half)
-    block_heads = min(max(1024 // block_half, 1), triton.next_power_of_2(heads))
+    block_half = next_power_of_2(half)
+    block_heads = min(max(1024 // block_half, 1), next_power_of_2(heads))
     block_heads = max(block_heads, 256 // block_half)  # a warp of 16-byte loads, padded if need be
     return block_heads, block_half, min(max(block_heads * block_half // 256, 1), 4)
 
@@ -113,7 +114,7 @@ def _rope_(
     if tokens == 0 or half == 0:
         return
     block_heads, block_half, num_warps = default_config(max(q_heads, k_heads), half)
-    blocks = triton.cdiv(q_heads, block_heads) + triton.cdiv(k_heads, block_heads)
+    blocks = cdiv(q_heads, block_heads) + cdiv(k_heads, block_heads)
     _rope_kernel[(tokens, blocks)](
         q, k, cos.contiguous(), sin.contiguous(), positions.contiguous(),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),

@@ -31,6 +31,7 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels._philox import QUARTER, gumbel, gumbel_reference, philox
 from tlk.kernels._threshold import (
@@ -260,7 +261,7 @@ def _top_logprobs_kernel(
 
 def default_config(n_cols: int) -> tuple[int, int]:
     """Lanes and warps of a row: eight logits a thread, a 16-byte load of 16-bit logits."""
-    block = min(max(triton.next_power_of_2(n_cols), 128), 4096)
+    block = min(max(next_power_of_2(n_cols), 128), 4096)
     return block, max(block // 256, 1)
 
 
@@ -292,9 +293,9 @@ def _apply_penalties_(
     repetition: Tensor, presence: Tensor, frequency: Tensor,
 ) -> None:  # fmt: skip
     n_rows, n_cols = logits.shape
-    block = min(max(triton.next_power_of_2(n_cols), 128), 1024)
+    block = min(max(next_power_of_2(n_cols), 128), 1024)
     if n_rows:
-        _apply_penalties_kernel[(n_rows, triton.cdiv(n_cols, block))](
+        _apply_penalties_kernel[(n_rows, cdiv(n_cols, block))](
             logits, prompt_mask.view(torch.uint8), output_counts, repetition, presence, frequency,
             logits.stride(0), prompt_mask.stride(0), output_counts.stride(0), n_cols,
             BLOCK=block, num_warps=max(block // 256, 1),
