@@ -16,6 +16,15 @@ from tlk.hf.execution import Optimized
 from tlk.optimize import optimize
 
 
+def _optimized(
+    kind: Any, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
+    """What `kind.from_pretrained` loads, strictly, and optimized."""
+    model, info = load(kind, path, *args, **kwargs)
+    optimize(model)
+    return (model, info) if output_loading_info else model
+
+
 class _DropIn(Optimized):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -29,17 +38,7 @@ class _DropIn(Optimized):
 
         Raises CheckpointError for a corrupt, truncated, pickled or mismatching checkpoint.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load(_Loader(super()), path, *args, **kwargs)
-        optimize(model)
-        return (model, info) if wants_info else model
-
-
-class _Loader:
-    """Hands the inherited from_pretrained to `load`, which calls it by that name."""
-
-    def __init__(self, parent: Any) -> None:
-        self.from_pretrained = parent.from_pretrained
+        return _optimized(super(), path, *args, **kwargs)
 
 
 class LlamaForCausalLM(_DropIn, transformers.LlamaForCausalLM):
@@ -71,10 +70,7 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' from_pretrained, with its arguments; loading is strict as above."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load(transformers.AutoModelForCausalLM, path, *args, **kwargs)
-        optimize(model)
-        return (model, info) if wants_info else model
+        return _optimized(transformers.AutoModelForCausalLM, path, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> nn.Module:

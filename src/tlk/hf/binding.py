@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tlk.errors import UnsupportedError
+from tlk.models.batch import PagedKV
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, weight_sources
 
@@ -49,10 +50,11 @@ class Binding:
 
     family: str
     decoder: Decoder
-    dtype: torch.dtype
     device: torch.device
     fused: tuple[tuple[str, ...], ...]  # names of the model's parameters that share a storage
     watched: tuple[Watched, ...]
+    specs: tuple[PagedKV, ...]  # what each layer keeps of every token
+    windowed: bool  # whether a layer has a sliding window
 
     def stale(self) -> bool:
         """Whether the model's modules or weights are no longer those that were bound."""
@@ -61,11 +63,6 @@ class Binding:
     def hooked(self) -> str | None:
         """The name of a module with forward hooks, which tlk would not call, or None."""
         return next((w.name for w in self.watched if w.hooked()), None)
-
-    @property
-    def windowed(self) -> bool:
-        """Whether a layer has a sliding window."""
-        return any(layer.attention.window > 0 for layer in self.decoder.config.layers)
 
 
 def bind(model: nn.Module) -> Binding:
@@ -90,13 +87,15 @@ def bind(model: nn.Module) -> Binding:
         if len(parts) > 1:
             fused.append(parts)
     decoder.load_state_dict(weights, strict=True, assign=True)
+    specs = tuple(decoder.cache_specs(some.dtype))
     return Binding(
         family=family_name,
         decoder=decoder.eval(),
-        dtype=some.dtype,
         device=some.device,
         fused=tuple(fused),
         watched=tuple(_watch(model)),
+        specs=specs,
+        windowed=any(spec.window > 0 for spec in specs),
     )
 
 

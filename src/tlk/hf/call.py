@@ -119,9 +119,7 @@ def _kept(logits_to_keep: Any, count: int, device: torch.device) -> Tensor | Non
 
 
 def _positions(position_ids: Tensor, sequences: int, count: int) -> Tensor:
-    if position_ids.ndim != 2 or position_ids.shape[1] != count:
-        raise Inexpressible(f"position_ids of shape {tuple(position_ids.shape)}")
-    if position_ids.shape[0] not in (1, sequences):
+    if tuple(position_ids.shape) not in ((1, count), (sequences, count)):
         raise Inexpressible(f"position_ids of shape {tuple(position_ids.shape)}")
     return position_ids.expand(sequences, count)
 

@@ -17,7 +17,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def load(kind: Any, path: Any, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     """`kind.from_pretrained(path, *args, **kwargs)`, refusing what transformers only warns about.
 
-    kind: a transformers class with `from_pretrained`. Returns the model and the loading info.
+    kind: a class of transformers, or what else has its `from_pretrained`. Returns the model and the loading info.
     Raises CheckpointError if a file is corrupt, truncated or a pickle, or if keys are missing, left
     over or of another shape (these last are allowed with ignore_mismatched_sizes=True).
     """

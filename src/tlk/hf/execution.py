@@ -218,8 +218,8 @@ def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
         binding = state.binding
     else:
         binding = state.ready(model)
-    arguments = _checked(model, arguments)
-    cache = cache if cache is not None else PagedCache(_specs(binding), binding.device)
+    arguments = _checked(model.config, binding, arguments)
+    cache = cache if cache is not None else PagedCache(binding.specs, binding.device)
     labels, embeds = arguments["labels"], arguments["inputs_embeds"]
     with torch.no_grad():
         call = flatten(
@@ -259,9 +259,9 @@ def _compute(binding: Binding, call: Call, cache: PagedCache) -> Tensor:
     return decoder.logits(hidden if rows is None else hidden[rows])
 
 
-def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _checked(config: Any, binding: Binding, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with transformers' defaults filled in; raises for what tlk cannot express."""
-    a, config = dict(arguments), model.config
+    a = dict(arguments)
     ids, embeds, cache = a["input_ids"], a["inputs_embeds"], a["past_key_values"]
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -274,7 +274,7 @@ def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"inputs must hold at least one token, got shape {tuple(inputs.shape)}")
     if cache is not None and not isinstance(cache, PagedCache):
         raise Inexpressible(f"past_key_values is a {type(cache).__name__}, not tlk's PagedCache")
-    if isinstance(cache, PagedCache) and cache.specs != tuple(_specs(model._execution.binding)):
+    if isinstance(cache, PagedCache) and cache.specs != binding.specs:
         raise ValueError("past_key_values is the cache of another model")
     for name in ("output_attentions", "output_hidden_states"):
         wanted = a.get(name)
@@ -285,20 +285,13 @@ def _checked(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     for name in set(a) - NAMED - known:
         if a[name] is not None:
             raise Inexpressible(f"the argument {name}")
-    if inputs.device != model._execution.binding.device:
-        raise ValueError(
-            f"inputs must be on {model._execution.binding.device} like the model, got {inputs.device}"
-        )
+    if inputs.device != binding.device:
+        raise ValueError(f"inputs must be on {binding.device} like the model, got {inputs.device}")
     if a["use_cache"] is None:
         a["use_cache"] = getattr(config, "use_cache", True)
     if a.get("return_dict") is None:
         a["return_dict"] = getattr(config, "return_dict", True)
     return a
-
-
-def _specs(binding: Binding | None) -> Any:
-    assert binding is not None
-    return binding.decoder.cache_specs(binding.dtype)
 
 
 def _needs_grad(model: Any, embeds: Tensor | None) -> Tensor | None:
@@ -341,4 +334,4 @@ def _cache_for_generate(
         return given
     if option("use_cache") is False:
         return None
-    return PagedCache(_specs(binding), binding.device)
+    return PagedCache(binding.specs, binding.device)
