@@ -6,7 +6,8 @@
 Triton's own interpreter is the base, corrected where it is wrong (Triton 3.6 to 3.9):
 bf16 values are handled as the integers that store them (in tl.dot, arithmetic, tl.sum, casts); rounding
 to bf16 truncates, rounding to fp8 carries wrongly, NaN and infinity of fp8 decode to numbers; libdevice
-is missing; a pointer that is out of bounds ends the process or reads garbage.
+is missing; a pointer that is out of bounds ends the process or reads garbage; dependent launches are
+not known. Here a program that was launched dependently must wait, and before it writes.
 
 Its switch, the variable TRITON_INTERPRET, holds for a whole process and must stay unset: here the
 language is patched for the time of a block. Not modelled: races (programs run one after another), shared
@@ -25,7 +26,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import min_dot_size
-from triton.language.extra import libdevice
+from triton.language.extra import cuda, libdevice
 from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
@@ -148,9 +149,35 @@ LIBDEVICE: dict[str, Callable[..., Array]] = {
 
 
 class Corrected(stock.InterpreterBuilder):
-    """The interpreter's operations. `memory` holds the (start, end) addresses that may be touched."""
+    """The interpreter's operations.
+
+    `memory` holds the (start, end) addresses that may be touched; `waits` is whether the program at
+    hand has yet to wait for earlier kernels, as `dependent` launches must; `late` is what they bring.
+    """
 
     memory: list[tuple[int, int]] | None
+    dependent: bool
+    waits: bool
+    late: list[tuple[torch.Tensor, torch.Tensor]]
+
+    # Dependent launch.
+
+    def set_grid_idx(self, x: int, y: int, z: int) -> None:
+        self.check_waited("ended")
+        super().set_grid_idx(x, y, z)
+        self.waits = self.dependent
+        for tensor, _ in self.late if self.dependent else ():
+            tensor.fill_(torch.nan)
+
+    def check_waited(self, action: str) -> None:
+        if self.waits:
+            self.waits = False
+            raise RuntimeError(f"program {self.grid_idx} {action} before gdc_wait")
+
+    def gdc_wait(self) -> None:
+        self.waits = False
+        for tensor, values in self.late:
+            tensor.copy_(values)
 
     # Arithmetic: on numbers, not on the integers that store them.
 
@@ -228,16 +255,19 @@ class Corrected(stock.InterpreterBuilder):
     def create_masked_store(
         self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *args: Any
     ) -> None:
+        self.check_waited("wrote")
         self.check(pointers, mask.data)
         return super().create_masked_store(pointers, value, mask, *args)
 
     def create_atomic_cas(self, pointers: TensorHandle, *args: Any) -> TensorHandle:
+        self.check_waited("wrote")
         self.check(pointers, np.ones_like(pointers.data, bool))
         return super().create_atomic_cas(pointers, *args)
 
     def create_atomic_rmw(
         self, op: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *args: Any
     ) -> TensorHandle:
+        self.check_waited("wrote")
         self.check(pointers, mask.data)
         if not (is_bf16(value) and op == ir.ATOMIC_OP.FADD):
             return super().create_atomic_rmw(op, pointers, value, mask, *args)
@@ -349,12 +379,15 @@ def _patch_language(put: Callable[[Any, str, Any], None], scope: Any) -> None:
         if hasattr(libdevice, name) and not name.startswith("_"):
             put(libdevice, name, _bound(member))
             put(cuda_libdevice, name, _bound(member))
+    put(cuda, "gdc_launch_dependents", lambda: None)
+    put(cuda, "gdc_wait", lambda: stock.interpreter_builder.gdc_wait())
 
 
 def _patch_builder(put: Callable[[Any, str, Any], None], sm: int) -> None:
     builder = stock.interpreter_builder
     put(builder, "__class__", Corrected)
-    put(builder, "memory", None)
+    for name, value in (("memory", None), ("dependent", False), ("waits", False), ("late", [])):
+        put(builder, name, value)
     smallest = min_dot_size(GPUTarget("cuda", sm, 32))  # stock takes dots of any size
     put(builder, "codegen_fns", {**builder.codegen_fns, "min_dot_size": smallest})
     put(stock, "_convert_float", _convert_float)
@@ -367,11 +400,14 @@ def _launcher(check_bounds: bool, allow: Sequence[torch.Tensor]) -> Callable[...
     """What `kernel[grid](...)` calls."""
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        builder = stock.interpreter_builder
         if check_bounds:
             tensors = [*args, *kwargs.values(), *allow]
-            stock.interpreter_builder.memory = list(_storages(tensors))
+            builder.memory = list(_storages(tensors))
+        builder.dependent, builder.waits = kwargs.get("launch_pdl", False), False
         with np.errstate(all="ignore"):  # a GPU makes its infinities and NaNs in silence
             _interpreted(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+        builder.check_waited("ended")
 
     return run
 
@@ -401,3 +437,16 @@ def interpret(
             yield
     finally:
         scope.restore()
+
+
+@contextlib.contextmanager
+def late(*tensors: torch.Tensor) -> Iterator[None]:
+    """In an `interpret` block: programs launched dependently find `tensors` NaN until they wait."""
+    builder = stock.interpreter_builder
+    builder.late = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, values in builder.late:
+            tensor.copy_(values)
+        builder.late = []

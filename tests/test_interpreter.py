@@ -10,8 +10,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import InterpreterError
 
-from tests.interpreter import interpret
+from tests.interpreter import interpret, late
 from tlk.kernels._device import sm
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels.aot import dry_run
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -33,6 +34,21 @@ def _twice(x):
 def _cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _dependent_kernel(x_ptr, y_ptr, EARLY: tl.constexpr, PDL: tl.constexpr):
+    """y = x; `EARLY` names what happens before the wait."""
+    allow_next(PDL)
+    at = y_ptr + tl.program_id(0)
+    x = tl.load(x_ptr)
+    if EARLY == "write":
+        tl.store(at, x)
+    if EARLY != "exit" or tl.program_id(0) == 0:
+        wait_for_previous(PDL)
+        if EARLY != "read":
+            x = tl.load(x_ptr)
+        tl.store(at, x)
 
 
 @triton.jit
@@ -258,6 +274,33 @@ def test_pointers_in_memory_need_to_be_allowed():
     out = torch.empty(2)
     with pytest.raises(InterpreterError, match="out-of-bounds"):
         _gather_kernel[(2,)](pointers, out)
+
+
+def test_dependent_launches_exist_from_sm_90_on():
+    for capability, there in ((75, False), (89, False), (90, True), (120, True)):
+        with interpret(capability):
+            assert pdl(torch.device("cpu")) == there
+
+
+@pytest.mark.parametrize("early", ["write", "exit"])
+def test_a_dependent_program_waits_before_it_writes_or_ends(early):
+    x, y = torch.ones(1), torch.zeros(2)
+    message = "wrote before gdc_wait" if early == "write" else "ended before gdc_wait"
+    with pytest.raises((RuntimeError, InterpreterError), match=message):
+        _dependent_kernel[(2,)](x, y, early, True, launch_pdl=True)
+    _dependent_kernel[(2,)](x, y, early, False)  # an ordinary launch has nothing to wait for
+    assert y[0] == 1
+
+
+def test_what_earlier_kernels_bring_is_there_after_the_wait_only():
+    x, y = torch.ones(1), torch.zeros(2)
+    for early, there in ((None, True), ("read", False)):
+        with late(x):
+            _dependent_kernel[(2,)](x, y, early, True, launch_pdl=True)
+        assert y.isfinite().tolist() == [there, there] and x == 1
+    with late(x):
+        _dependent_kernel[(2,)](x, y, "read", False)
+    assert y.isfinite().all()
 
 
 def test_the_language_is_given_back():

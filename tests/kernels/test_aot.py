@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from tlk.kernels import aot
 from tlk.kernels._device import sm, sm_count
+from tlk.kernels._pdl import allow_next, wait_for_previous
 from tlk.kernels.aot import Failure, dry_run, forked, isolated, measure, violations
 from tlk.kernels.norm import rms_norm
 
@@ -47,6 +48,31 @@ def matmul(capability, tile, dtype=torch.float16, stride=512, precision="ieee", 
         return metrics, violations(metrics, launches[0].large)
 
     return isolated(compile_it)
+
+
+@triton.jit
+def _dependent_kernel(x_ptr, y_ptr, PDL: tl.constexpr):
+    allow_next(PDL)
+    i = tl.arange(0, 128)
+    wait_for_previous(PDL)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+@pytest.mark.parametrize(
+    "capability, waits, good", [(90, True, True), (90, False, False), (120, True, True)]
+)
+def test_dependent_launches_wait(capability, waits, good):
+    def compile_it():
+        x = torch.empty(128)
+        with dry_run(capability) as launches:
+            _dependent_kernel[(1,)](x, x, waits, launch_pdl=True)
+        return measure(launches[0].compiled)
+
+    metrics = isolated(compile_it)
+    assert (metrics.dependent, metrics.waits) == (True, int(waits))
+    wrong = violations(metrics, large=False)
+    assert (wrong == []) == good and (good or "without gdc_wait" in wrong[0])
+    assert violations(replace(metrics, sm=89), large=False) != []
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

@@ -177,7 +177,8 @@ class Metrics:
     """What the machine code of one kernel needs and does; loads are static counts of instructions.
 
     `loads_128` counts loads of 128 bits a thread or more and TMA, `loads_32` those of 32 bits or
-    less and of one int64. `spill_bytes` is what ptxas calls spill stores.
+    less and of one int64. `spill_bytes` is what ptxas calls spill stores. `waits` counts the places
+    where a kernel waits for earlier ones, which it must if it is launched as a `dependent` of them.
     """
 
     kernel: str
@@ -194,6 +195,8 @@ class Metrics:
     loads_64: int
     loads_32: int
     wide_stores: int
+    dependent: bool
+    waits: int
 
 
 class Instruction(NamedTuple):
@@ -239,6 +242,8 @@ def measure(compiled: CompiledKernel) -> Metrics:
         loads_64=loads[64],
         loads_32=sum(n for bits, n in loads.items() if bits < 64),
         wide_stores=sum(n for bits, n in stores.items() if bits >= 64),
+        dependent=metadata.launch_pdl,
+        waits=ptx.count("griddepcontrol.wait"),
     )
 
 
@@ -255,6 +260,8 @@ def violations(metrics: Metrics, large: bool = True) -> list[str]:
         wrong.append(f"{m.local_in_loop} local-memory instructions in the main loop")
     if m.wants_tensor_cores and m.sm >= 80 and not m.tensor_core_ops:
         wrong.append("tl.dot without a tensor-core instruction")
+    if m.dependent and (m.sm < 90 or not m.waits):
+        wrong.append("launched as a dependent below sm_90, or without gdc_wait")
     wide = m.loads_128 + m.loads_64
     scalar = m.loads_32 > max(16, wide) or (m.loads_32 > 0 and wide + m.wide_stores == 0)
     if large and scalar:  # a few beside vectors are indices, scales, lengths
