@@ -34,6 +34,7 @@ from tlk.kernels._check import (
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._paged_tiles import locate
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -149,30 +150,6 @@ def _attend_tiles(
 
 
 @triton.jit
-def _locate(
-    cu_ptr, n_seqs, GROUP: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """This program's sequence, `n_seqs` standing for the padding, and its first row there.
-
-    Sequence s owns tiles cu[s]·GROUP // BLOCK_M + s onwards, enough for its rows in a grid that
-    depends on T and S only. The last tiles of a prompt, which see the most keys, start first.
-    """
-    if DECODE:
-        tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-        seq = tl.program_id(0) // tiles
-        row = tl.program_id(0) % tiles * BLOCK_M
-    else:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        s = tl.arange(0, BLOCK_S)
-        owned = tl.load(cu_ptr + s, mask=s <= n_seqs, other=0) * GROUP // BLOCK_M + s
-        begun = (s <= n_seqs) & (owned <= tile)
-        seq = tl.sum(begun.to(tl.int32)) - 1
-        row = (tile - tl.max(tl.where(begun, owned, 0))) * BLOCK_M
-    return seq, row
-
-
-@triton.jit
 def _key_range(
     lowest, highest, splits, SPLIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -208,7 +185,13 @@ def _paged_attention_kernel(
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
-    seq, row = _locate(cu_ptr, n_seqs, GROUP, DECODE, BLOCK_M, BLOCK_S)
+    if DECODE:
+        tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+        seq = tl.program_id(0) // tiles
+        row = tl.program_id(0) % tiles * BLOCK_M
+    else:  # the last tiles of a prompt, which see the most keys, start first
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        seq, row = locate(tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S)
     rows = row + tl.arange(0, BLOCK_M)
     d = tl.arange(0, triton.next_power_of_2(D))
     dv = tl.arange(0, triton.next_power_of_2(DV))
