@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(
-    tile, cu_ptr, n_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
-):
+def locate(tile, cu_ptr, n_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     """The sequence of `tile`, `n_seqs` standing for the padding, and its first row there.
 
     Sequence s owns tiles cu[s]·GROUP // BLOCK_M + s onwards, enough for its rows in a grid that

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from tlk.kernels import _paged_torch
+from tlk.kernels import _paged_torch, paged_prefill
 from tlk.kernels._check import (
     FLOATS,
     check_device,
@@ -339,9 +339,13 @@ def split_count(programs: int, capacity: int, slots: int) -> int:
 
 def _backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    cu_seqlens_q: Tensor, max_q: int, *options: object,
+    cu_seqlens_q: Tensor, max_q: int, softmax_scale: float = 1.0, window: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> str:  # fmt: skip
-    return "torch" if sm(q.device) < 80 and max_q > 8 else "triton"
+    if sm(q.device) < 80 and max_q > 8:
+        return "torch"
+    plain = not window and not softcap and sinks is None
+    return "triton_tma" if plain and paged_prefill.suits(q, k_cache, v_cache, max_q) else "triton"
 
 
 @op(
@@ -355,12 +359,15 @@ def _paged_attention(
     softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
-    if _backend(*tensors, max_q) == "torch":
+    backend = _backend(*tensors, max_q, softmax_scale, window, softcap, sinks)
+    if backend == "torch":
         return _paged_torch.paged_attention_torch(
             *tensors, max_q, softmax_scale, window, softcap, sinks
         )
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
-    if out.numel():
+    if backend == "triton_tma":
+        paged_prefill.launch(out, *tensors, softmax_scale)
+    elif out.numel():
         _launch(out, *tensors, max_q, softmax_scale, window, softcap, sinks)
     return out
 

@@ -130,6 +130,13 @@ STEPS = (
     Step("prefill-B4-S4096-D64", (4096,) * 4, 4096, 64, 8, 64, dtypes=ANY),
     Step("prefill-B4-S4096-D64-sinks", (4096,) * 4, 4096, 64, 8, 64, sinks=True, window=128),
     Step("prefill-B1-S8192-D256-softcap", (8192,), 8192, 16, 8, 256, window=4096, softcap=50.0),
+    Step("prefill-B1-S4096-page64", (4096,), 4096, page=64),
+    Step("prefill-B1-S4096-page128", (4096,), 4096, page=128),
+    Step("prefill-B8-S1024-page64", (1024,) * 8, 1024, page=64),
+    Step("prefill-B4-S4096-D64-page64", (4096,) * 4, 4096, 64, 8, 64, page=64),
+    Step("prefill-B4-S4096-D64-page128", (4096,) * 4, 4096, 64, 8, 64, page=128),
+    Step("chunk-B1-S8192-Q2048-page64", (2048,), 8192, page=64),
+    Step("mixed-Q512-and-120-page64", (512, *(1,) * 120), 1024, page=64),
     Step("mixed-Q2048-and-63", (2048, *(1,) * 63), 4096, dtypes=ANY),
 )
 CASES = tuple(step.case() for step in STEPS)
