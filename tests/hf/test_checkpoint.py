@@ -81,6 +81,28 @@ def test_shards_and_their_index(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_what_shards_hold_beyond_their_index(tmp_path):
+    tiny("llama").save_pretrained(tmp_path, max_shard_size="50kB")
+    index = tmp_path / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    first = where.pop("lm_head.weight")
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(tlk.CheckpointError, match=f"does not name: lm_head.weight in {first}"):
+        check_files(tmp_path)
+    index.unlink()
+    check_files(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(tlk.CheckpointError, match=r"several files hold the keys lm_head\.weight"):
+        check_files(tmp_path)
+
+
+def test_files_beside_the_model_are_not_its_own(folder):
+    save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")
+    (folder / "model.safetensors.index.json").write_text("stale")
+    check_files(folder)
+    load_model(str(folder))
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(tlk.CheckpointError, match=r"no config\.json"):
         load_model(str(tmp_path))

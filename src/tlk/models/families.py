@@ -1,9 +1,9 @@
 """The families tlk knows, by transformers' model_type, and where their weights come from."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from tlk.models.config import DecoderConfig
 from tlk.models.decoder import Decoder
 from tlk.models.layers import Linear
 from tlk.parallel import Split
-from tlk.quant.format import fuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +66,108 @@ def _expand(pattern: str) -> list[str]:
     return [head + choice + tail for choice in choices.split(",")]
 
 
+class Stored(Protocol):
+    """A checkpoint's tensor, in memory (a torch tensor is one) or still in its file."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a checkpoint's tensor goes: rows `row` to `row + rows` of `parameter`, on this rank."""
+
+    parameter: str
+    row: int
+    rows: int
+    split: Split | None
+    shape: tuple[int, ...]  # of the whole tensor in the checkpoint
+
+
+def check_weights(
+    decoder: Decoder, sources: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Stored]
+) -> dict[str, Place]:
+    """The place of every tensor of a checkpoint in `decoder`, whose parameters may be on "meta".
+
+    Strict: CheckpointError lists what is missing, left over or misshapen. A left-over lm_head.weight
+    is accepted where the decoder ties its embeddings; it has no place.
+    """
+    places = _places(decoder, sources)
+    tied = {"lm_head.weight"} if decoder.lm_head is None else set()
+    missing, left_over = set(places) - set(tensors), set(tensors) - set(places) - tied
+    if missing or left_over:
+        raise CheckpointError(f"missing: {sorted(missing)}, left over: {sorted(left_over)}")
+    misshapen = [
+        f"{key} has shape {tuple(tensors[key].shape)}, not {place.shape}"
+        for key, place in places.items()
+        if tuple(tensors[key].shape) != place.shape
+    ]
+    if misshapen:
+        raise CheckpointError("; ".join(misshapen))
+    return places
+
+
 @torch.no_grad()
 def load_weights(
-    decoder: Decoder, sources: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor]
+    decoder: Decoder,
+    sources: Mapping[str, tuple[str, ...]],
+    tensors: Mapping[str, Stored],
+    copied: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Copy a checkpoint's `tensors` into the `decoder`: this rank's shards, fused.
 
-    Strict: CheckpointError lists tensors that are missing or left over. A left-over lm_head.weight
-    is accepted where the decoder ties its embeddings.
+    Tensors are taken one at a time in the order of the mapping, and of each only this rank's part;
+    `copied` is told the bytes of each. Strict, as `check_weights` is, before anything is read.
     """
-    wanted = {name for names in sources.values() for name in names}
-    tied = {"lm_head.weight"} if decoder.lm_head is None else set()
-    missing, left_over = wanted - set(tensors), set(tensors) - wanted - tied
-    if missing or left_over:
-        raise CheckpointError(f"missing: {sorted(missing)}, left over: {sorted(left_over)}")
-    splits = parameter_splits(decoder)
-    for name, parameter in decoder.named_parameters():
-        parts = [parallel.shard({name: tensors[s]}, splits[name]) for s in sources[name]]
-        value = fuse(parts)[name]
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
-            raise CheckpointError(f"{' + '.join(sources[name])} has shape {shapes}")
-        parameter.copy_(value)
+    places = check_weights(decoder, sources, tensors)
+    parameters = dict(decoder.named_parameters())
+    for key, tensor in tensors.items():
+        if (place := places.get(key)) is not None:
+            rows = parameters[place.parameter][place.row : place.row + place.rows]
+            rows.copy_(tensor[_part(place)])
+            copied(rows.numel() * rows.element_size())
+
+
+def _places(decoder: Decoder, sources: Mapping[str, tuple[str, ...]]) -> dict[str, Place]:
+    splits, parameters = parameter_splits(decoder), dict(decoder.named_parameters())
+    heights = _heights(decoder)
+    places = {}
+    for name, keys in sources.items():
+        split, (rows, *rest) = splits[name], parameters[name].shape
+        own = heights.get(name.rpartition(".")[0]) or (rows // len(keys),) * len(keys)
+        row = 0
+        for key, height in zip(keys, own, strict=True):
+            out, inner = (parallel.world() if split == way else 1 for way in ("out", "in"))
+            shape = (height * out, *(size * inner for size in rest))
+            places[key] = Place(name, row, height, split, shape)
+            row += height
+    return places
+
+
+def _heights(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """The rows on this rank of each part of a fused layer, where they differ: of q, k and v."""
+    return {
+        f"{prefix}.qkv": (
+            module.heads * module.config.head_dim,
+            module.kv_heads * module.config.head_dim,
+            module.kv_heads * module.config.v_head_dim,
+        )
+        for prefix, module in decoder.named_modules()
+        if isinstance(module, Attention)
+    }
+
+
+def _part(place: Place) -> tuple[slice, ...]:
+    """What of the checkpoint's tensor this rank reads, by the rule of `parallel.shard`."""
+    part = []
+    for dim, size in enumerate(place.shape):
+        shape = [1] * len(place.shape)
+        shape[dim] = size
+        indices = torch.arange(size, device="cpu").view(shape)
+        own = parallel.shard({place.parameter: indices}, place.split)[place.parameter].flatten()
+        part.append(slice(int(own[0]), int(own[-1]) + 1))
+    return tuple(part)
 
 
 def parameter_splits(decoder: nn.Module) -> dict[str, Split | None]:
