@@ -1,14 +1,18 @@
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from tests.kernels.check import check
 from tests.kernels.launches import record_launches
 from tlk.kernels import rope
-from tlk.kernels.rope import default_config, rope_, rope_reference_
+from tlk.kernels.rope import default_config, rope_and_write_kv_, rope_and_write_kv_reference_
 
 LENGTH = 50
+EPS = 0.5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # T, H, Hk, D, R: one head, odd head counts, partial rotation, half sizes that are no power of two,
 # more query heads than a program takes, more key heads than query heads
@@ -46,6 +50,27 @@ def plain(x, cos, sin, positions, interleaved):
     return torch.cat((turned, rest), -1)
 
 
+def step(tokens, kv_heads, d, dv, device, dtype=torch.float32, page_size=4, cache_dtype=None):
+    """v, empty pages, and slots: both sides of a page boundary in no order, one token nowhere."""
+    v = torch.randn(tokens, kv_heads, dv, device=device).to(dtype)
+    caches = [
+        torch.randn(4, kv_heads, page_size, n, device=device).to(cache_dtype or dtype)
+        for n in (d, dv)
+    ]
+    slots = [4 * page_size - 1, 2 * page_size, -1, 2 * page_size - 1, 0][:tokens]
+    return v, caches, torch.tensor(slots, device=device)
+
+
+def normalized(x, weight, eps=EPS, offset=0.0):
+    return F.rms_norm(x, x.shape[-1:], (weight + offset).to(x.dtype), eps)
+
+
+def kept(cache, slots):
+    """The rows that `slots` ≥ 0 name, [T', Hk, D]."""
+    slots = slots[slots >= 0]
+    return cache[slots // cache.shape[2], :, slots % cache.shape[2]]
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_reference_is_transformers(interleaved):
     q, k = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
@@ -59,31 +84,67 @@ def test_reference_is_transformers(interleaved):
     want_q, want_k = module.apply_rotary_pos_emb(
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], c[None], s[None]
     )
-    rope_reference_(q, k, cos, sin, positions, interleaved)
+    v, caches, slots = step(5, 2, 16, 16, "cpu")
+    rope_and_write_kv_reference_(q, k, v, cos, sin, positions, *caches, slots, interleaved)
     torch.testing.assert_close(q, want_q[0].transpose(0, 1))
-    torch.testing.assert_close(k, want_k[0].transpose(0, 1))
+    real = slots >= 0
+    torch.testing.assert_close(kept(caches[0], slots), want_k[0].transpose(0, 1)[real])
+    assert torch.equal(kept(caches[1], slots), v[real])
 
 
+def test_reference_normalizes_first():
+    q, k = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
+    weights = torch.randn(2, 16)
+    cos, sin = tables(12, "cpu")
+    positions = positions_of(5, "cpu")
+    want = [plain(normalized(x, w, offset=1.0), cos, sin, positions, False)
+            for x, w in zip((q, k), weights, strict=True)]  # fmt: skip
+    v, caches, slots = step(5, 2, 16, 16, "cpu")
+    rope_and_write_kv_reference_(
+        q, k, v, cos, sin, positions, *caches, slots, False, *weights, EPS, 1.0
+    )
+    torch.testing.assert_close(q, want[0])
+    torch.testing.assert_close(kept(caches[0], slots), want[1][slots >= 0])
+
+
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope(shape, dtype, interleaved, device):
+def test_rope(shape, dtype, interleaved, norm, device):
     tokens, heads, kv_heads, d, rotary = shape
     scale = 10.0 ** torch.randint(-2, 3, (tokens, heads + kv_heads, 1), device=device)
-    q, k = (
-        (torch.randn(tokens, heads + kv_heads, d, device=device) * scale)
-        .to(dtype)
-        .split((heads, kv_heads), 1)
-    )
+    rows = (torch.randn(tokens, heads + kv_heads, d, device=device) * scale).to(dtype)
+    q, k = rows.split((heads, kv_heads), 1)
     cos, sin = tables(rotary, device)
     positions = positions_of(tokens, device)
-    like = [plain(x, cos, sin, positions, interleaved) for x in (q, k)]
-    exact = [plain(x.float(), cos, sin, positions, interleaved) for x in (q, k)]
-    before = q.clone(), k.clone()
-    rope_(q, k, cos, sin, positions, interleaved=interleaved)
-    for x, old, a, b in zip((q, k), before, like, exact, strict=True):
+    v, caches, slots = step(tokens, kv_heads, d, 24, device, dtype)
+    weights = [(1 + torch.rand(d, device=device)).to(dtype) for _ in "qk"] if norm else [None] * 2
+    like, exact = [], []
+    for x, w in zip((q, k), weights, strict=True):
+        like.append(plain(normalized(x, w) if norm else x, cos, sin, positions, interleaved))
+        x = normalized(x.float(), w.float()) if norm else x.float()
+        exact.append(plain(x, cos, sin, positions, interleaved))
+    before = q.clone(), k.clone(), [c.clone() for c in caches]
+    rope_and_write_kv_(
+        q, k, v, cos, sin, positions, *caches, slots, interleaved=interleaved, q_norm=weights[0],
+        k_norm=weights[1], eps=EPS,
+    )  # fmt: skip
+    real = slots >= 0
+    for x, a, b in (
+        (q, like[0], exact[0]),
+        (kept(caches[0], slots), like[1][real], exact[1][real]),
+    ):
         check(x[..., :rotary], a[..., :rotary], b[..., :rotary])
-        torch.testing.assert_close(x[..., rotary:], old[..., rotary:], rtol=0, atol=0)
+        if rotary < d:
+            check(x[..., rotary:], a[..., rotary:], b[..., rotary:])
+    assert torch.equal(k, before[1]), "k itself stays"
+    assert torch.equal(kept(caches[1], slots), v[real])
+    if not norm:
+        assert torch.equal(q[..., rotary:], before[0][..., rotary:])
+    for cache, old in zip(caches, before[2], strict=True):
+        old[slots[real] // 4, :, slots[real] % 4] = kept(cache, slots)
+        assert torch.equal(cache, old), "no other token of the cache changes"
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -91,26 +152,48 @@ def test_position_dtypes_and_strides(dtype, device):
     q, k = torch.randn(5, 2, 16, device=device), torch.randn(5, 2, 16, device=device)
     cos, sin = tables(16, device)
     positions = positions_of(5, device, dtype).repeat_interleave(2)[::2]
-    want = plain(q, cos, sin, positions, False), plain(k, cos, sin, positions, False)
-    rope_(q, k, cos, sin, positions)
-    torch.testing.assert_close((q, k), want)
+    v, caches, slots = step(5, 2, 16, 16, device)
+    want = plain(q, cos, sin, positions, False), plain(k, cos, sin, positions, False)[slots >= 0]
+    rope_and_write_kv_(q, k, v, cos, sin, positions, *caches, slots.repeat_interleave(2)[::2])
+    torch.testing.assert_close((q, kept(caches[0], slots)), want)
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_the_cache_rounds_once_to_its_dtype(source, target, device):
+    q, k = torch.randn(5, 2, 16, device=device).to(source), torch.randn(5, 2, 16, device=device)
+    k, positions, (cos, sin) = k.to(source), positions_of(5, device), tables(16, device)
+    v, caches, slots = step(5, 2, 16, 16, device, source, cache_dtype=target)
+    want = plain(k.float(), cos, sin, positions, False)[slots >= 0]
+    rope_and_write_kv_(q, k, v, cos, sin, positions, *caches, slots)
+    rounding = torch.finfo(target).eps / 2
+    torch.testing.assert_close(kept(caches[0], slots).float(), want, rtol=rounding, atol=1e-6)
+    assert torch.equal(kept(caches[1], slots), v[slots >= 0].to(target))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_views_of_one_projection(interleaved, device):
-    """Only the rotated columns of q and k change; so too where each has strides of its own."""
+def test_views_of_one_projection_into_views_of_one_pool(interleaved, device):
+    """Only the rotated columns of q change; so too where each has strides of its own."""
     qkv = torch.randn(5, 7 * 24, device=device)
-    q, k, _ = (part.unflatten(1, (-1, 24)) for part in qkv.split((72, 48, 48), 1))
+    q, k, v = (part.unflatten(1, (-1, 24)) for part in qkv.split((72, 48, 48), 1))
     cos, sin = tables(20, device)
     positions = positions_of(5, device)
+    _, _, slots = step(5, 2, 24, 24, device)
+    pool = torch.randn(4, 2 * 4 * 48, device=device)
+    caches = [part.unflatten(1, (2, 4, 24)) for part in pool.split(2 * 4 * 24, 1)]
     want = qkv.clone()
     want[:, :72] = plain(q, cos, sin, positions, interleaved).flatten(1)
-    want[:, 72:120] = plain(k, cos, sin, positions, interleaved).flatten(1)
-    swapped, apart = q.transpose(0, 1).contiguous().transpose(0, 1), k.clone()
-    rope_(swapped, apart, cos, sin, positions, interleaved=interleaved)
-    rope_(q, k, cos, sin, positions, interleaved=interleaved)
+    want_k = plain(k, cos, sin, positions, interleaved)[slots >= 0]
+    swapped = q.transpose(0, 1).contiguous().transpose(0, 1)
+    others = [c.contiguous() for c in caches]
+    apart = k.clone(), v.transpose(0, 1).contiguous().transpose(0, 1)
+    run = partial(rope_and_write_kv_, interleaved=interleaved)
+    run(swapped, *apart, cos, sin, positions, *others, slots)
+    run(q, k, v, cos, sin, positions, *caches, slots)
     torch.testing.assert_close(qkv, want)
-    torch.testing.assert_close((swapped, apart), (q, k))
+    torch.testing.assert_close(kept(caches[0], slots), want_k)
+    torch.testing.assert_close(kept(caches[1], slots), v[slots >= 0])
+    torch.testing.assert_close((swapped, *others), (q, *caches))
 
 
 def test_tables_stay_float32(device):
@@ -118,62 +201,94 @@ def test_tables_stay_float32(device):
     q = torch.randn(1, 1, 16, device=device).bfloat16()
     cos, sin = tables(16, device, 30000)
     positions = torch.tensor([29999], device=device)
+    v, caches, slots = step(1, 1, 16, 16, device, torch.bfloat16)
     exact = plain(q.float(), cos, sin, positions, False)
-    rope_(q, q.clone(), cos, sin, positions)
+    rope_and_write_kv_(q, q.clone(), v, cos, sin, positions, *caches, slots)
     torch.testing.assert_close(q.float(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_no_tokens(device):
-    cos, sin = tables(16, device)
     q = torch.empty(0, 2, 16, device=device)
-    rope_(q, q.clone(), cos, sin, torch.empty(0, dtype=torch.int64, device=device))
+    v, caches, slots = step(0, 2, 16, 16, device)
+    before = [c.clone() for c in caches]
+    rope_and_write_kv_(q, q.clone(), v, *tables(16, device), slots.long(), *caches, slots.long())
+    assert torch.equal(caches[0], before[0]) and torch.equal(caches[1], before[1])
 
 
-def test_one_launch_for_q_and_k(device, monkeypatch):
-    grids = record_launches(monkeypatch, rope, "_rope_kernel")
-    cos, sin = tables(64, device)
-    q, k = torch.randn(3, 33, 64, device=device), torch.randn(3, 5, 64, device=device)
-    rope_(q, k, cos, sin, positions_of(3, device))
-    assert default_config(33, 32)[0] == 32
-    assert grids == [(3, 3)]
+def test_one_launch(device, monkeypatch):
+    grids = record_launches(monkeypatch, rope, "_rope_and_write_kv_kernel")
+    q, k = torch.randn(3, 37, 64, device=device), torch.randn(3, 5, 64, device=device)
+    v, caches, slots = step(3, 5, 64, 64, device)
+    rope_and_write_kv_(q, k, v, *tables(64, device), positions_of(3, device), *caches, slots)
+    assert default_config(5, 32)[0] == 8
+    assert grids == [(3, 5 + 1 + 1)]
 
 
 def test_bad_input_is_refused(device):
     q, k = torch.randn(3, 4, 16, device=device), torch.randn(3, 2, 16, device=device)
     cos, sin = tables(16, device)
     positions = positions_of(3, device)
+    v, caches, slots = step(3, 2, 16, 16, device)
+    rest = v, cos, sin, positions, *caches, slots
+    rope_ = rope_and_write_kv_
     with pytest.raises(ValueError, match=r"k must have shape \(3, any, 16\), got \(2, 2, 16\)"):
-        rope_(q, k[:2], cos, sin, positions)
+        rope_(q, k[:2], *rest)
     with pytest.raises(TypeError, match="k must be float32, got bfloat16"):
-        rope_(q, k.bfloat16(), cos, sin, positions)
+        rope_(q, k.bfloat16(), *rest)
+    with pytest.raises(ValueError, match=r"v must have shape \(3, 2, any\), got \(3, 1, 16\)"):
+        rope_(q, k, v[:, :1], *rest[1:])
     with pytest.raises(TypeError, match="cos must be float32, got float16"):
-        rope_(q, k, cos.half(), sin, positions)
+        rope_(q, k, v, cos.half(), sin, *rest[3:])
     with pytest.raises(ValueError, match=r"sin must have shape \(50, 8\), got \(49, 8\)"):
-        rope_(q, k, cos, sin[1:], positions)
-    with pytest.raises(ValueError, match="cos must have at most 8 columns, got 16"):
-        rope_(q, k, *tables(32, device), positions)
+        rope_(q, k, v, cos, sin[1:], *rest[3:])
+    for columns in (32, 0):
+        with pytest.raises(ValueError, match=f"cos must have 1 to 8 columns, got {columns // 2}"):
+            rope_(q, k, v, *tables(columns, device), *rest[3:])
     with pytest.raises(TypeError, match="positions must be int32 or int64, got float32"):
-        rope_(q, k, cos, sin, positions.float())
+        rope_(q, k, v, cos, sin, positions.float(), *rest[4:])
     with pytest.raises(ValueError, match=r"positions must have shape \(3\), got \(2,\)"):
-        rope_(q, k, cos, sin, positions[:2])
+        rope_(q, k, v, cos, sin, positions[:2], *rest[4:])
     with pytest.raises(ValueError, match="q must have stride 1"):
-        rope_(q.transpose(1, 2).contiguous().transpose(1, 2), k, cos, sin, positions)
+        rope_(q.transpose(1, 2).contiguous().transpose(1, 2), k, *rest)
     with pytest.raises(ValueError, match="positions must be on"):
-        rope_(q, k, cos, sin, positions.to("meta"))
+        rope_(q, k, v, cos, sin, positions.to("meta"), *rest[4:])
+    with pytest.raises(ValueError, match="k_cache must have contiguous pages"):
+        strided = caches[0].transpose(1, 2).contiguous().transpose(1, 2)
+        rope_(q, k, v, cos, sin, positions, strided, *rest[5:])
+    with pytest.raises(ValueError, match="k_norm must not be None"):
+        rope_(q, k, *rest, q_norm=cos[0].repeat(2))
+    with pytest.raises(ValueError, match=r"q_norm must have shape \(16\), got \(8,\)"):
+        rope_(q, k, *rest, q_norm=cos[0], k_norm=cos[0])
 
 
 def test_registration(device):
     qkv = torch.randn(3, 8 * 16, device=device)
     cos, sin = tables(16, device)
     positions = positions_of(3, device)
+    _, caches, slots = step(3, 2, 16, 16, device)
 
-    def turned(qkv):
+    def turned(qkv, k_cache, v_cache):
         rows = qkv * 2
         q, k, v = (part.unflatten(1, (-1, 16)) for part in rows.split((64, 32, 32), 1))
-        rope_(q, k, cos, sin, positions)
+        rope_and_write_kv_(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
         return q + 1, k + 1, v + 1
 
     q, k = qkv.clone()[:, :64].unflatten(1, (4, 16)), torch.randn(3, 2, 16, device=device)
-    torch.library.opcheck(torch.ops.tlk.rope_.default, (q, k, cos, sin, positions, True))
+    args = (
+        q,
+        k,
+        k.clone(),
+        cos,
+        sin,
+        positions,
+        *caches,
+        slots,
+        True,
+        cos[0].repeat(2),
+        sin[0].repeat(2),
+    )
+    torch.library.opcheck(torch.ops.tlk.rope_and_write_kv_.default, args)
     compiled = torch.compile(turned, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(compiled(qkv), turned(qkv))
+    mine, theirs = [c.clone() for c in caches], [c.clone() for c in caches]
+    torch.testing.assert_close(compiled(qkv, *mine), turned(qkv, *theirs))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -88,6 +89,12 @@ def test_everything_at_once():
 def test_nothing_optional():
     bare = {"qk_norm": None, "window": 0, "softcap": 0.0, "sinks": False, "rope": None}
     check_attention(dataclasses.replace(CONFIG, bias=False, out_bias=False, **bare))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("rope", [None, CONFIG.rope], ids=["no positions", "rope"])
+def test_head_norms(kind, rope):
+    check_attention(dataclasses.replace(CONFIG, qk_norm=NormConfig(kind, 0.5, 1.0), rope=rope))
 
 
 def test_padding_writes_nowhere_and_adds_nothing():

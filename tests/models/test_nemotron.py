@@ -31,8 +31,7 @@ def test_bfloat16():
 def test_ops_of_a_forward():
     assert forward_counts(tiny("nemotron")) == {
         "layer_norm": 2 * 2 + 1,
-        "rope_": 2,
-        "write_kv_": 2,
+        "rope_and_write_kv_": 2,
         "paged_attention": 2,
         "matmul": 4 * 2 + 1,
     }

@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
 from tlk.models import hf_fields
+from tlk.models.batch import LayerKV
 from tlk.models.config import RopeConfig
 from tlk.models.rope import RotaryEmbedding
 
@@ -126,7 +127,7 @@ def test_forward_rotates_by_position(interleaved):
     )
     rope = RotaryEmbedding(config)
     rope.prepare(8)
-    q, k = torch.randn(3, 2, 6), torch.randn(3, 1, 6)
+    q, k, v = torch.randn(3, 2, 6), torch.randn(3, 1, 6), torch.randn(3, 1, 5)
     expected = torch.cat([q, k], 1)
     positions = torch.tensor([0, 7, 3])
     pairs = expected[..., :4].unflatten(-1, (2, 2))
@@ -137,5 +138,9 @@ def test_forward_rotates_by_position(interleaved):
     )
     rotated = rotated if interleaved else rotated.transpose(-1, -2)
     expected[..., :4] = rotated.flatten(-2)
-    rope(q, k, positions)
-    torch.testing.assert_close(torch.cat([q, k], 1), expected, rtol=1e-5, atol=1e-5)
+    kv = LayerKV(torch.zeros(3, 1, 2, 6), torch.zeros(3, 1, 2, 5), 0)
+    slots = torch.tensor([5, 0, 3])
+    rope(q, k, v, positions, kv, slots)
+    written = kv.k.transpose(1, 2).flatten(0, 1)[slots]
+    torch.testing.assert_close(torch.cat([q, written], 1), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(kv.v.transpose(1, 2).flatten(0, 1)[slots], v)

@@ -11,7 +11,7 @@ from tlk.kernels.matmul import matmul
 from tlk.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from tlk.kernels.norm_linear import norm_linear
 from tlk.kernels.paged_attention import paged_attention
-from tlk.kernels.rope import rope_
+from tlk.kernels.rope import rope_and_write_kv_
 from tlk.kernels.sampling import apply_penalties_, sample, top_logprobs
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "paged_attention",
     "relu_squared",
     "rms_norm",
-    "rope_",
+    "rope_and_write_kv_",
     "sample",
     "silu_and_mul",
     "top_logprobs",

@@ -24,6 +24,7 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 
 def write_kv_reference_(
@@ -41,11 +42,12 @@ def _nothing(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 
 @triton.jit
-def _write(
+def write_heads(
     new_ptr, cache_ptr, token, slot, first, stride_t, stride_h, stride_page,
     HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Write heads `first` onwards of a token to its slot, BLOCK_HEADS of them."""
     heads = (first + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (heads < HEADS) & (cols < D)
@@ -59,19 +61,21 @@ def _write_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_stride_page, v_stride_page,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
     token = tl.program_id(0).to(tl.int64)
+    wait_for_previous(PDL)
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
         block = tl.program_id(1)
         if block % 2 == 0:
-            _write(
+            write_heads(
                 k_ptr, k_cache_ptr, token, slot, block // 2 * BLOCK_HEADS,
                 k_stride_t, k_stride_h, k_stride_page, HEADS, PAGE, DK, BLOCK_HEADS, BLOCK_DK,
             )  # fmt: skip
         else:
-            _write(
+            write_heads(
                 v_ptr, v_cache_ptr, token, slot, block // 2 * BLOCK_HEADS,
                 v_stride_t, v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
             )  # fmt: skip
@@ -92,12 +96,13 @@ def _write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
     if tokens == 0:
         return
     block_heads, num_warps = default_config(heads, max(dk, dv))
+    dependent = pdl(k.device)
     _write_kv_kernel[(tokens, 2 * cdiv(heads, block_heads))](
         k, v, k_cache, v_cache, slots.contiguous(),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
         HEADS=heads, PAGE=k_cache.shape[2], DK=dk, DV=dv, BLOCK_HEADS=block_heads,
-        BLOCK_DK=next_power_of_2(dk), BLOCK_DV=next_power_of_2(dv),
-        num_warps=num_warps,
+        BLOCK_DK=next_power_of_2(dk), BLOCK_DV=next_power_of_2(dv), PDL=dependent,
+        num_warps=num_warps, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -107,15 +112,8 @@ def _check_cache(name: str, cache: Tensor) -> None:
         raise ValueError(f"{name} must have contiguous pages, got strides {cache.stride()}")
 
 
-def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write `k` [T, Hk, Dk] and `v` [T, Hk, Dv] into their pages, in place.
-
-    `k_cache` is [P, Hk, page_size, Dk], `v_cache` [P, Hk, page_size, Dv], each page contiguous;
-    their dtypes may differ from those of `k` and `v` (float32, float16, bfloat16), which are then
-    rounded. Token t goes to `slots[t]` (int64, [T]) = page · page_size + offset, below
-    P · page_size; a negative slot writes nowhere. `k` and `v` may be views of one fused
-    projection. Raises TypeError or ValueError for other dtypes, shapes and strides.
-    """
+def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Raise unless the arguments are what `write_kv_` documents."""
     check_dtype("k", k, *FLOATS)
     check_dtype("v", v, *FLOATS)
     check_shape("k", k, None, None, None)
@@ -131,4 +129,16 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     check_shape("slots", slots, tokens)
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("slots", slots)):
         check_device(name, tensor, k.device)
+
+
+def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write `k` [T, Hk, Dk] and `v` [T, Hk, Dv] into their pages, in place.
+
+    `k_cache` is [P, Hk, page_size, Dk], `v_cache` [P, Hk, page_size, Dv], each page contiguous;
+    their dtypes may differ from those of `k` and `v` (float32, float16, bfloat16), which are then
+    rounded. Token t goes to `slots[t]` (int64, [T]) = page · page_size + offset, below
+    P · page_size; a negative slot writes nowhere. `k` and `v` may be views of one fused
+    projection. Raises TypeError or ValueError for other dtypes, shapes and strides.
+    """
+    check_write(k, v, k_cache, v_cache, slots)
     _write_kv_(k, v, k_cache, v_cache, slots)

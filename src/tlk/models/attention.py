@@ -57,11 +57,7 @@ class Attention(nn.Module):
         """`x` [T, hidden] plus attention of norm(x)."""
         c = self.config
         q, k, v = self._heads(self.qkv(x, norm))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            self.rope(q, k, batch.positions)
-        write_kv_(k, v, kv.k, kv.v, batch.slots[kv.group])
+        q = self._cached(q, k, v, batch, kv)
         y = paged_attention(
             q,
             kv.k,
@@ -76,6 +72,21 @@ class Attention(nn.Module):
             sinks=self.sinks,
         )
         return self.out(y.flatten(1), residual=x)
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
+        """Write the step's keys and values, and return its queries; both normalized and rotated."""
+        slots, q_norm, k_norm = batch.slots[kv.group], self.q_norm, self.k_norm
+        if self.rope is None:
+            if q_norm is not None and k_norm is not None:
+                q, k = q_norm(q), k_norm(k)
+            write_kv_(k, v, kv.k, kv.v, slots)
+        elif isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+            self.rope(q, k, v, batch.positions, kv, slots, q_norm, k_norm)
+        else:
+            if q_norm is not None and k_norm is not None:
+                q, k = q_norm(q), k_norm(k)
+            self.rope(q, k, v, batch.positions, kv, slots)
+        return q
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of the rows [T, H·D + Hk·D + Hk·Dv] as heads [T, H, D], [T, Hk, D], [T, Hk, Dv]."""

@@ -1,8 +1,8 @@
 """The decoder of every family: what differs between them is in `DecoderConfig`.
 
-A layer is eight kernels, ten with q and k norms: norm + qkv, rotation, cache write, attention,
-output + residual, norm + gate and up, activation · up, down + residual. Layer norms, which a
-matmul cannot absorb, and MLPs without a gate trade one for another.
+A layer is seven kernels: norm + qkv, rotation + cache write, attention, output + residual, norm +
+gate and up, activation · up, down + residual. Layer norms, which a matmul cannot absorb, and MLPs
+without a gate trade one for another; layer norms of q and k add two.
 """
 
 from collections.abc import Callable, Iterable

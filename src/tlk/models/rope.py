@@ -16,12 +16,15 @@ forward computes no cosine. 128 Ki positions of 64 frequencies take 64 MiB.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tlk.kernels.rope import rope_
+from tlk.kernels.rope import rope_and_write_kv_
+from tlk.models.batch import LayerKV
 from tlk.models.config import RopeConfig, RopeKind
+from tlk.models.layers import RMSNorm
 
 
 class RotaryEmbedding(nn.Module):
@@ -78,9 +81,22 @@ class RotaryEmbedding(nn.Module):
                 self._fill(self._chosen)
         return self
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """Rotate `q` [T, H, D] and `k` [T, Hk, D] in place by `positions` [T]."""
-        rope_(q, k, self.cos, self.sin, positions, interleaved=self.config.interleaved)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv: LayerKV, slots: Tensor,
+        q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None,
+    ) -> None:  # fmt: skip
+        """Rotate `q` [T, H, D] in place by `positions` [T]; write rotated `k` and `v` to `slots`.
+
+        `q_norm` and `k_norm`, of one eps and offset, are applied to every head first.
+        """
+        write = partial(
+            rope_and_write_kv_, q, k, v, self.cos, self.sin, positions, kv.k, kv.v, slots,
+            interleaved=self.config.interleaved,
+        )  # fmt: skip
+        if q_norm is None or k_norm is None:
+            return write()
+        eps, offset = q_norm.eps, q_norm.weight_offset
+        write(q_norm=q_norm.weight, k_norm=k_norm.weight, eps=eps, weight_offset=offset)
 
 
 def _deciding_length(config: RopeConfig, length: int, previous: int | None) -> int:

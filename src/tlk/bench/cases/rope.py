@@ -1,4 +1,4 @@
-"""Rotary embedding of Llama-3.1-8B, and of heads that rotate in part or in interleaved pairs."""
+"""Rotation and cache write of Llama-3.1-8B, and of heads that are normalized or turn in part or in interleaved pairs."""
 
 from functools import partial
 
@@ -6,39 +6,60 @@ import torch
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
-from tlk.kernels.rope import rope_, rope_reference_
+from tlk.kernels.rope import rope_and_write_kv_, rope_and_write_kv_reference_
 
 LENGTH = 8192
+PAGE_SIZE = 16
 
 
-def _torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, *_: Tensor,
+) -> None:  # fmt: skip
     """What models do in plain torch, with tables rounded to the dtype of the heads."""
     c = cos[positions].repeat(1, 2).to(q.dtype)[:, None]
     s = sin[positions].repeat(1, 2).to(q.dtype)[:, None]
-    for x in (q, k):
-        h = x[..., : c.shape[-1]]
-        a, b = h.chunk(2, -1)
-        h.copy_(h * c + torch.cat((-b, a), -1) * s)
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * c + torch.cat((-b, a), -1) * s
+
+    q.copy_(turned(q))
+    k_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = turned(k)
+    v_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = v
 
 
 def _case(
-    t: int, heads: int, kv_heads: int, d: int, rotary: int, interleaved: bool = False
-) -> Case:
+    t: int, heads: int, kv_heads: int, d: int, rotary: int, interleaved: bool = False,
+    norm: bool = False,
+) -> Case:  # fmt: skip
+    pages = max(t // PAGE_SIZE, 64)
+
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         qkv = new.randn(t, heads + 2 * kv_heads, d)
         cos = new.randn(LENGTH, rotary // 2, dtype=torch.float32)
         sin = new.randn(LENGTH, rotary // 2, dtype=torch.float32)
-        positions = new.randint(0, LENGTH, t, dtype=torch.int64)
         # a real rotation, so that repeating it in place neither grows nor shrinks the heads
-        return qkv[:, :heads], qkv[:, heads : heads + kv_heads], cos.cos(), sin.sin(), positions
+        tables = cos.cos(), sin.sin(), new.randint(0, LENGTH, t, dtype=torch.int64)
+        # one page after the other for prefill, one page for every sequence when decoding
+        step = PAGE_SIZE if t < pages else 1
+        slots = new.tensor([i * step for i in range(t)], dtype=torch.int64)
+        caches = (new.randn(pages, kv_heads, PAGE_SIZE, d) for _ in range(2))
+        norms = (new.randn(d) for _ in range(2 * norm))
+        return *qkv.split((heads, kv_heads, kv_heads), 1), *tables, *caches, slots, *norms
+
+    def run(*args: Tensor, run=rope_and_write_kv_) -> None:  # type: ignore[no-untyped-def]
+        norms = dict(zip(("q_norm", "k_norm"), args[9:], strict=False))
+        run(*args[:9], interleaved=interleaved, **norms)
 
     part = f"-R{rotary}" if rotary < d else ""
+    kind = f"{'-interleaved' if interleaved else ''}{'-norm' if norm else ''}"
+    plain = rotary == d and not interleaved and not norm
     return Case(
-        "rope_", f"T{t}-H{heads}-Hk{kv_heads}-D{d}{part}{'-interleaved' if interleaved else ''}",
-        inputs, partial(rope_, interleaved=interleaved),
-        lambda size: 2 * t * (heads + kv_heads) * rotary * size + 4 * t * rotary,
-        partial(rope_reference_, interleaved=interleaved),
-        peers={} if interleaved else {"torch": _torch},
+        "rope_and_write_kv_", f"T{t}-H{heads}-Hk{kv_heads}-D{d}{part}{kind}",
+        inputs, run,
+        lambda size: 2 * t * (heads * rotary + 2 * kv_heads * d) * size + 4 * t * rotary,
+        partial(run, run=rope_and_write_kv_reference_), peers={"torch": _torch} if plain else {},
     )  # fmt: skip
 
 
@@ -48,4 +69,6 @@ CASES: tuple[Case, ...] = (
     _case(4096, 16, 8, 256, 256),
     _case(4096, 32, 8, 128, 64),
     _case(4096, 32, 8, 128, 128, interleaved=True),
+    *(_case(t, 32, 8, 128, 128, norm=True) for t in (1, 4096)),
+    _case(4096, 32, 8, 128, 64, interleaved=True, norm=True),
 )
