@@ -111,6 +111,14 @@ class Decoder(nn.Module):
         return self.lm_head(hidden, self.final_norm)
 
 
+def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
+    """A decoder on the same weights with rotary tables of its own, in eval mode."""
+    with torch.device("meta"):
+        other = Decoder(decoder.config, deterministic=deterministic)
+    other.load_state_dict(decoder.state_dict(), strict=True, assign=True)
+    return other.eval()
+
+
 def _ropes(config: DecoderConfig) -> list[RopeConfig]:
     """The distinct rope configs in order of appearance."""
     ropes = (layer.attention.rope for layer in config.layers)

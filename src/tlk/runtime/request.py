@@ -16,11 +16,14 @@ class Sequence:
     count towards `length`. computed: tokens whose keys and values the launched steps put into pages.
     pages[g][i]: the page of cache group g that holds tokens i · page_size onwards, -1 once no query
     needs it. row: the runner's state row while the sequence runs, else -1.
+
+    For the scheduler alone: keys[i] is that of full block i in the prefix cache, where the first
+    `published` ones are; up to `room` tokens it may compute without a look at its pages.
     """
 
     __slots__ = (
-        "computed", "finish_reason", "index", "output", "pages", "pending", "request", "row", "seed",
-        "stop_reason",
+        "computed", "finish_reason", "index", "keys", "output", "pages", "pending", "published", "request",
+        "room", "row", "seed", "stop_reason",
     )  # fmt: skip
 
     def __init__(self, request: "Request", index: int, groups: int) -> None:
@@ -30,7 +33,9 @@ class Sequence:
         self.computed = 0
         self.pages: list[list[int]] = [[] for _ in range(groups)]
         self.row = -1
-        self.seed = request.seed + index
+        self.keys: list[bytes] = []
+        self.published = self.room = 0
+        self.seed = _wrapped(request.seed + index * 0x9E3779B97F4A7C15)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
@@ -89,14 +94,26 @@ class Request:
     groups: int = 1
     arrival: int = -1
     cached_tokens: int = 0  # of the prompt, found in the prefix cache at its first admission
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    prompt_scored: int = 0  # tokens of the prompt whose successor's logprob was taken
+    error: Exception | None = None
+    plain: bool = field(init=False)  # nothing is added to its logits
     sequences: list[Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sequences = [Sequence(self, i, self.groups) for i in range(self.params.n)]
+        p = self.params
+        self.plain = not (p.logit_bias or p.min_tokens or self.bad_words)
+        self.prompt_logprobs = None if p.prompt_logprobs is None else [None]
+        self.sequences = [Sequence(self, i, self.groups) for i in range(p.n)]
 
     @property
     def finished(self) -> bool:
         return all(s.finish_reason is not None for s in self.sequences)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the host must know the last token before the next one can be drawn."""
+        return any(len(word) > 1 for word in self.bad_words)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +144,11 @@ class Step:
     @property
     def tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
+
+
+def _wrapped(value: int) -> int:
+    """`value` as a signed 64-bit integer."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def check_token_ids(name: str, ids: Tokens[int], vocab_size: int) -> list[int]:

@@ -1,0 +1,72 @@
+"""What an engine may use, checked before anything is allocated."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tlk.errors import UnsupportedError
+
+KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The limits and the mode of an engine.
+
+    max_model_len: tokens of one sequence, prompt and output; None: what the model was made for. It is
+    fitted down, with a notice, to what the cache can hold.
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step.
+    gpu_memory_utilization: the share of the GPU's memory that weights, graphs, activations and cache
+    may take together. kv_cache_memory: bytes of the cache instead; None: what is left of that share,
+    or 1 GiB on a CPU. kv_cache_dtype "auto": the model's own.
+    enforce_eager: no CUDA graphs. compile: torch.compile(fullgraph=True) of the decoder, inside the
+    graphs. lazy_graphs: capture a batch size when it first comes instead of all at the start.
+    deterministic: logits do not depend on the other sequences of a step, bit for bit.
+
+    Raises ValueError or TypeError naming the field, UnsupportedError for a kv_cache_dtype that has no
+    kernel.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory: int | None = None
+    kv_cache_dtype: str = "auto"
+    page_size: int = 16
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    lazy_graphs: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            _check_whole(name, getattr(self, name))
+        for name in ("max_model_len", "kv_cache_memory"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise TypeError(f"gpu_memory_utilization must be a number, got {share!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}")
+        if self.kv_cache_dtype != "auto" and self.kv_cache_dtype not in KV_DTYPES:
+            known = ", ".join(("auto", *KV_DTYPES))
+            raise UnsupportedError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} has no kernel yet; these have: {known}"
+            )
+
+    def kv_dtype(self, model: torch.dtype) -> torch.dtype:
+        """The dtype of the cache of a model in dtype `model`."""
+        return model if self.kv_cache_dtype == "auto" else KV_DTYPES[self.kv_cache_dtype]
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
