@@ -1,3 +1,4 @@
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -8,12 +9,10 @@ from torch import Tensor
 
 from tests.interpreter import interpret
 from tests.kernels.check import check
-from tlk.kernels.paged_attention import (
-    default_config,
-    paged_attention,
-    paged_attention_reference,
-    split_count,
-)
+from tests.kernels.launches import record_launches
+from tlk.kernels import _op, _paged_split
+from tlk.kernels._paged_split import split_count
+from tlk.kernels.paged_attention import default_config, paged_attention, paged_attention_reference
 
 module = import_module("tlk.kernels.paged_attention")  # tlk.kernels names the function so
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -195,21 +194,25 @@ def test_split_keys(queries, dtype, device):
 
 
 def test_the_kernels_ran_and_not_the_reference(device, monkeypatch):
-    grids = {}
-    for name in ("_paged_attention_kernel", "_combine_kernel"):
-        kernel = getattr(module, name)
-
-        class Spy:
-            def __getitem__(self, grid, name=name, kernel=kernel):
-                grids[name] = grid
-                return kernel[grid]
-
-        monkeypatch.setattr(module, name, Spy())
+    grids = record_launches(monkeypatch, module, "_paged_attention_kernel")
+    combined = record_launches(monkeypatch, _paged_split, "_combine_kernel")
     verify(split([1, 1], [300, 40], 4096, device))
-    assert grids["_paged_attention_kernel"][2] > 1 and grids["_combine_kernel"] == (2, 4)
-    grids.clear()
+    assert grids[0][2] > 1 and combined == [(2, 4)]
     verify(Requests([1, 1], [30, 40], device))
-    assert list(grids) == ["_paged_attention_kernel"]
+    assert len(grids) == 2 and len(combined) == 1
+
+
+def test_a_short_sequence_is_not_split(device, monkeypatch):
+    """Its one program writes the result, and what there is to combine is never read."""
+    made = []
+    partials = module.Partials
+    monkeypatch.setattr(module, "Partials", lambda *a: made.append(partials(*a)) or made[-1])
+    verify(split([1, 1, 1], [256, 257, 1000], 4096, device))
+    used = made[0].used.cpu()
+    assert used[0].unique().tolist() == [1] and used[1].unique().tolist() == [2]
+    assert 1 < used[2, 0] <= 4
+    unwritten = made[0].lse[0]
+    assert unwritten.isnan().all() or unwritten.is_cuda
 
 
 @pytest.mark.parametrize("capacity", [64, 4096])
@@ -257,12 +260,55 @@ def test_a_batch_gives_what_its_requests_give_alone(queries, device):
         torch.testing.assert_close(paged_attention(*one, longest), together[rows])
 
 
+def alone(r, s, chunk, **options):
+    """What sequence `s` gives without the others, in chunks of so many queries and some padding."""
+    q, k, v, table, lens, _, _ = r.args
+    parts, end = [], r.cu[s] + r.queries[s]
+    for start in range(r.cu[s], end, chunk):
+        n = min(chunk, end - start)
+        cu = torch.tensor([0, 0, n], dtype=torch.int32, device=r.device)
+        length = lens[[s, s]] - (end - start - n)
+        padded = torch.cat([q[start : start + n], q[:2]])
+        y = paged_attention(padded, k, v, table[[s, s]], length, cu, n, **options)
+        parts.append(y[:n])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [0, 37])
+def test_deterministic(window, dtype, reference, device, monkeypatch):
+    """Bit for bit the same alone, in chunks of any size and in any batch, split or not."""
+    combined = record_launches(monkeypatch, _paged_split, "_combine_kernel")
+    options = {"window": window, "softcap": 5.0, "deterministic": True}
+    with kernels_off() if reference else nullcontext():
+        r = Requests([1, 17, 1, 0, 1], [70, 140, 9, 5, 129], device, dtype, page=16, window=window,
+                     padding=2, spare_pages=40)  # fmt: skip
+        options["sinks"] = torch.randn(4, device=device)
+        together = paged_attention(*r.args, **options)
+        for s, queries in enumerate(r.queries):
+            for chunk in sorted({1, 3, 7, queries}) if queries else ():
+                part = alone(r, s, chunk, **options)
+                assert torch.equal(part, together[r.cu[s] : r.cu[s + 1]]), f"{s}, {chunk}"
+    like, exact = (dense(r, t, softcap=5.0, sinks=options["sinks"]) for t in (dtype, torch.float64))
+    check(together, like, exact)
+    assert not combined
+
+
 def test_caches_of_different_layout(device):
     """K a slice of a pool of both, V its own: page strides differ, pages are contiguous."""
     r = Requests([1, 12], [50, 33], device)
     pool = torch.stack([r.caches[0], torch.full_like(r.caches[0], torch.nan)], 1)
     r.caches[0] = pool[:, 0]
     verify(r)
+
+
+@contextmanager
+def kernels_off():
+    """Ops on CPU tensors run their references, inside of an interpreter too."""
+    token = _op._PRETENDED.set(None)
+    yield
+    _op._PRETENDED.reset(token)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -276,11 +322,13 @@ def test_turing(dtype, device):
         prefill = Requests([70, 0, 1], [90, 20, 64], dtype=dtype, window=20)
         verify(prefill)
         assert module._backend(*prefill.args) == "torch"
+        assert module._backend(*prefill.args, deterministic=True) == "triton"
         assert module._backend(*Requests([1], [9]).args) == "triton"
     assert module._backend(*prefill.args) == "triton"
 
 
 def test_split_count():
+    assert split_count(8, 511, 264) == 1
     assert split_count(1024, 8192, 264) == 1  # many sequences fill the GPU
     assert 28 <= split_count(8, 131072, 264) <= 33  # one sequence fills it, too
     assert split_count(8, 256, 264) == 1  # too few keys to share

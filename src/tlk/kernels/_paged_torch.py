@@ -38,24 +38,24 @@ def visible(position: Tensor, seen: Tensor, window: int) -> Tensor:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float,
-    sinks: Tensor | None,
+    sinks: Tensor | None, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """softmax(q·kᵀ)·v of q [B, n, H, D]: [B, n, H, Dv], 0 in rows without a visible key."""
+    """In `dtype`, softmax(q·kᵀ)·v of q [B, n, H, D]: [B, n, H, Dv], 0 in rows without a visible key."""
     group = q.shape[2] // k.shape[1]
-    heads = q.float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = heads @ k.float().transpose(2, 3) * scale  # [B, Hk, group·n, L]
+    heads = q.to(dtype).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = heads @ k.to(dtype).transpose(2, 3) * scale  # [B, Hk, group·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(2, (group, -1)).masked_fill(~visible[:, None, None], -torch.inf)
     sink = torch.full_like(scores[..., :1], -torch.inf)
     if sinks is not None:
-        sink = sinks.float().view(1, -1, group, 1, 1).expand_as(sink)
+        sink = sinks.to(dtype).view(1, -1, group, 1, 1).expand_as(sink)
     top = torch.maximum(scores.amax(-1, keepdim=True), sink)
     top = top.masked_fill(top == -torch.inf, 0.0)
     p = torch.exp(scores - top)
     total = p.sum(-1, keepdim=True) + torch.exp(sink - top)
     total = total.masked_fill(total == 0, 1.0)
-    out = (p.flatten(2, 3) @ v.float()).unflatten(2, (group, -1)) / total
+    out = (p.flatten(2, 3) @ v.to(dtype)).unflatten(2, (group, -1)) / total
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
 

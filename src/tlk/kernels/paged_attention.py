@@ -12,10 +12,11 @@ prefill takes 2·(D + Dv) flops for each visible pair of query and key and head.
 SMs without work, the keys of a sequence are split over programs, whose float32 results a second
 kernel combines. The grid follows from shapes alone and every program finds its sequence and its
 keys from tensors on the device, so a CUDA graph stays valid while sequences come, grow and go.
+
+`deterministic` fixes the order of every sum over keys: one tile shape for all batches, no splits.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -34,19 +35,22 @@ from tlk.kernels._check import (
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._paged_split import LEAST_KEYS, LOWEST, Partials, share_tiles, split_count
 from tlk.kernels._paged_tiles import locate
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that exp2(-inf - LOWEST) is 0, not NaN
-LEAST_KEYS = tl.constexpr(128)  # fewer keys in a split would cost more to combine than they save
+ROWS_OF_ANY = 64  # the rows that the one tile shape of `deterministic` is made for
 
 
 def paged_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
 ) -> Tensor:  # fmt: skip
+    # in float64 the order of a sum, which follows the batch, does not reach the rounded result
+    dtype = torch.float64 if deterministic else torch.float32
     out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[-1])
     starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     alike: dict[tuple[int, int], list[int]] = {}  # sequences that one padded batch can hold
@@ -62,7 +66,9 @@ def paged_attention_reference(
         for at in torch.arange(queries, device=q.device).split(_paged_torch.QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
             shown = _paged_torch.visible(length - queries + at, seen, window)
-            out[rows] = _paged_torch.attend(q[rows], k, v, shown, softmax_scale, softcap, sinks)
+            out[rows] = _paged_torch.attend(
+                q[rows], k, v, shown, softmax_scale, softcap, sinks, dtype
+            )
     return out
 
 
@@ -151,12 +157,13 @@ def _attend_tiles(
 
 @triton.jit
 def _key_range(
-    lowest, highest, splits, SPLIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    lowest, highest, splits, SPLIT: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The keys that rows at positions `lowest` to `highest` see, and this program's tiles of them.
 
-    Returns first, last: some row sees key first ≤ j < last; and begin, full_begin, full_end, end:
-    every row sees all keys of the tiles between the inner two.
+    Returns first, last: some row sees key first ≤ j < last; begin, full_begin, full_end, end: every
+    row sees all keys of the tiles between the inner two; and the number of splits that have tiles.
     """
     first = 0
     full_begin = 0
@@ -166,25 +173,27 @@ def _key_range(
     last = tl.maximum(highest + 1, first)
     begin = first // BLOCK_N
     end = tl.cdiv(last, BLOCK_N)
+    used = 1
     if SPLIT:
-        share = tl.maximum(tl.cdiv(end - begin, splits), LEAST_KEYS // BLOCK_N)
-        begin = tl.minimum(begin + share * tl.program_id(2), end)
-        end = tl.minimum(begin + share, end)
+        begin, end, used = share_tiles(begin, end, splits, LEAST)
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum((lowest + 1) // BLOCK_N, full_begin), end)
-    return first, last, begin, full_begin, full_end, end
+    return first, last, begin, full_begin, full_end, end, used
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_seqs", "splits"])
 def _paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, lse_ptr,
-    q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits, scale, cap,
-    GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr,
+    used_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits,
+    scale, cap, GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, LEAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
+    allow_next(PDL)
+    wait_for_previous(PDL)
     if DECODE:
         tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
         seq = tl.program_id(0) // tiles
@@ -215,6 +224,14 @@ def _paged_attention_kernel(
     if row >= queries * GROUP:
         return
     before = tl.load(lens_ptr + seq) - queries  # the position of the first query
+    lowest = before + row // GROUP
+    highest = before + tl.minimum((row + BLOCK_M - 1) // GROUP, queries - 1)
+    first, last, begin, full_begin, full_end, end, used = _key_range(
+        lowest, highest, splits, SPLIT, LEAST, WINDOW, BLOCK_N
+    )
+    if SPLIT:  # noqa: SIM102
+        if tl.program_id(2) >= used:
+            return
     live = rows < queries * GROUP
     token = (start + rows // GROUP).to(tl.int64)
     q_tile = (token * q_row + head * q_head)[:, None] + d[None, :]
@@ -222,11 +239,6 @@ def _paged_attention_kernel(
     if not DOT:
         q = q.to(tl.float32)
 
-    lowest = before + row // GROUP
-    highest = before + tl.minimum((row + BLOCK_M - 1) // GROUP, queries - 1)
-    first, last, begin, full_begin, full_end, end = _key_range(
-        lowest, highest, splits, SPLIT, WINDOW, BLOCK_N
-    )
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), tl.float32)
@@ -249,40 +261,16 @@ def _paged_attention_kernel(
     total = tl.where(some, total, 1.0)
     acc = acc / total[:, None]
     at = token * heads + head
-    if SPLIT:
-        at = at * splits + tl.program_id(2)
-        lse = tl.where(some, top + tl.log2(total), float("-inf"))
-        tl.store(lse_ptr + at, lse, mask=live)
-        live = live & some
     o_mask = live[:, None] & (dv < DV)[None, :]
+    if SPLIT:
+        split = tl.program_id(2)
+        tl.store(used_ptr + at, used, mask=live & (split == 0))
+        split_at = at * splits + split
+        lse = tl.where(some, top + tl.log2(total), float("-inf"))
+        tl.store(lse_ptr + split_at, lse, mask=live & (used > 1))
+        tl.store(partial_ptr + split_at[:, None] * DV + dv[None, :], acc, o_mask & (used > 1))
+        o_mask = o_mask & (used == 1)
     tl.store(out_ptr + at[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), o_mask)
-
-
-@triton.jit(do_not_specialize=["n_seqs", "splits"])
-def _combine_kernel(
-    partial_ptr, lse_ptr, cu_ptr, out_ptr, n_seqs, splits,
-    DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Row × head: the mean of the splits' results, weighted by exp2(lse); 0 for padding."""
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    dv = tl.arange(0, triton.next_power_of_2(DV))
-    acc = tl.zeros((triton.next_power_of_2(DV),), tl.float32)
-    if tl.program_id(0) < tl.load(cu_ptr + n_seqs):
-        all_splits = tl.arange(0, BLOCK_SPLITS)
-        lses = tl.load(
-            lse_ptr + row * splits + all_splits, mask=all_splits < splits, other=float("-inf")
-        )
-        top = tl.maximum(tl.max(lses, 0), LOWEST)
-        total = tl.sum(tl.exp2(lses - top), 0)
-        for begin in range(0, splits, CHUNK):
-            split = begin + tl.arange(0, CHUNK)
-            at = row * splits + split
-            lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
-            mask = (lse > float("-inf"))[:, None] & (dv < DV)[None, :]  # the others are unwritten
-            part = tl.load(partial_ptr + at[:, None] * DV + dv[None, :], mask, other=0.0)
-            acc += tl.sum(part * tl.exp2(lse - top)[:, None], 0)
-        acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * DV + dv, acc.to(out_ptr.dtype.element_ty), mask=dv < DV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,22 +314,13 @@ def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Con
     return Config(128, 64 if narrow or sm == 100 else 32, 8, 3, branch=sm == 100)
 
 
-@lru_cache(maxsize=1024)
-def split_count(programs: int, capacity: int, slots: int) -> int:
-    """Programs that share one sequence's keys, of which there are at most `capacity`.
-
-    The fewest that come within 15 % of the best use of the `slots` that run at once.
-    """
-    most = max(min(capacity // (2 * LEAST_KEYS.value), 4 * cdiv(slots, programs)), 1)
-    use = [programs * n / slots / cdiv(programs * n, slots) for n in range(1, most + 1)]
-    return next(n for n, u in enumerate(use, 1) if u >= 0.85 * max(use))
-
-
 def _backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float = 1.0, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
 ) -> str:  # fmt: skip
+    if deterministic:
+        return "triton"
     if sm(q.device) < 80 and max_q > 8:
         return "torch"
     plain = not window and not softcap and sinks is None
@@ -356,66 +335,62 @@ def _backend(
 def _paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
 ) -> Tensor:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
-    backend = _backend(*tensors, max_q, softmax_scale, window, softcap, sinks)
+    options = max_q, softmax_scale, window, softcap, sinks
+    backend = _backend(*tensors, *options, deterministic)
     if backend == "torch":
-        return _paged_torch.paged_attention_torch(
-            *tensors, max_q, softmax_scale, window, softcap, sinks
-        )
+        return _paged_torch.paged_attention_torch(*tensors, *options)
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
     if backend == "triton_tma":
         paged_prefill.launch(out, *tensors, softmax_scale)
     elif out.numel():
-        _launch(out, *tensors, max_q, softmax_scale, window, softcap, sinks)
+        _launch(out, *tensors, *options, deterministic)
     return out
 
 
 def _launch(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor,
     seq_lens: Tensor, cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int,
-    softcap: float, sinks: Tensor | None,
+    softcap: float, sinks: Tensor | None, deterministic: bool,
 ) -> None:  # fmt: skip
     (tokens, heads, d), dv = q.shape, v_cache.shape[3]
     (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
     group = heads // kv_heads
-    config = default_config(sm(q.device), q.dtype, max(d, dv), max(max_q, 1) * group)
-    decode, twins = max_q == 1, d == dv and k_cache.stride() == v_cache.stride()
+    rows = ROWS_OF_ANY if deterministic else max(max_q, 1) * group
+    config = default_config(sm(q.device), q.dtype, max(d, dv), rows)
+    decode, dependent = max_q == 1 and not deterministic, pdl(q.device)
     tiles = max(seqs, tokens) * cdiv(group, config.block_m)
     if not decode:
         tiles = tokens * group // config.block_m + seqs + 1
     slots = sm_count(q.device) * (2 if config.num_warps <= 4 else 1)
     splits = 1
-    if decode or 2 * tiles * kv_heads <= slots:
+    if not deterministic and (decode or 2 * tiles * kv_heads <= slots):
         splits = split_count(tiles * kv_heads, pages * page_size, slots)
-    into, lse = out, None
-    if splits > 1:
-        lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
-        into = lse.new_empty(tokens, heads, splits, dv)
+    parts = Partials(out, splits) if splits > 1 else None
+    into = (parts.results, parts.lse, parts.used) if parts else (None, None, None)
     _paged_attention_kernel[(tiles, kv_heads, splits)](
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, into, lse,
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, out, *into,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
         v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
         softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
         softcap * LOG2_E.value,
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
-        D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TWINS=twins,
-        BLOCK_S=next_power_of_2(seqs + 1), num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_S=next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
+        TWINS=d == dv and k_cache.stride() == v_cache.stride(), PDL=dependent,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
-    if splits > 1:
-        _combine_kernel[(tokens, heads)](
-            into, lse, cu_seqlens_q, out, seqs, splits,
-            DV=dv, BLOCK_SPLITS=next_power_of_2(splits), CHUNK=16, num_warps=4,
-        )  # fmt: skip
+    if parts:
+        parts.combine(out, cu_seqlens_q)
 
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, *, softmax_scale: float | None = None, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attend from the last tokens of S sequences to all their tokens in a paged cache; causal.
 
@@ -428,7 +403,9 @@ def paged_attention(
 
     `softmax_scale` is D^-0.5 unless given, `window` > 0 shows each query only the last `window`
     tokens up to itself, `softcap` > 0 bounds the scaled scores by softcap·tanh(s / softcap), and
-    `sinks` [H] are logits that add to the denominator of the softmax alone.
+    `sinks` [H] are logits that add to the denominator of the softmax alone. With `deterministic` a
+    row's result is bitwise the same whatever other sequences, queries and padding it comes with; short
+    batches over long sequences are then slow, since one program reads all keys of a head.
 
     Returns [T, H, Dv] in the dtype of `q` and of the caches: float32, float16 or bfloat16. Rows
     that see nothing and rows beyond `cu_seqlens_q[S]` are 0. Head dims reach 256. Raises ValueError
@@ -443,7 +420,7 @@ def paged_attention(
         raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")
     return _paged_attention(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, max_q, scale, window, softcap,
-        sinks,
+        sinks, deterministic,
     )  # fmt: skip
 
 

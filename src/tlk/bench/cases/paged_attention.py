@@ -29,6 +29,7 @@ class Step:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    deterministic: bool = False
     dtypes: tuple[torch.dtype, ...] = HALF
 
     def inputs(self, make: Inputs) -> tuple[Any, ...]:
@@ -60,7 +61,7 @@ class Step:
     ) -> Tensor:  # fmt: skip
         return paged_attention(
             q, k, v, table, lens, cu, max(self.queries), window=self.window, softcap=self.softcap,
-            sinks=sinks,
+            sinks=sinks, deterministic=self.deterministic,
         )  # fmt: skip
 
     def reference(
@@ -138,5 +139,13 @@ STEPS = (
     Step("chunk-B1-S8192-Q2048-page64", (2048,), 8192, page=64),
     Step("mixed-Q512-and-120-page64", (512, *(1,) * 120), 1024, page=64),
     Step("mixed-Q2048-and-63", (2048, *(1,) * 63), 4096, dtypes=ANY),
+    *(
+        Step(f"{name}-deterministic", queries, length, dtypes=ANY, deterministic=True)
+        for name, queries, length in (
+            ("decode-B1-S1024", (1,), 1024),
+            ("decode-B128-S1024", (1,) * 128, 1024),
+            ("prefill-B1-S4096", (4096,), 4096),
+        )
+    ),
 )
 CASES = tuple(step.case() for step in STEPS)
