@@ -17,6 +17,7 @@ memory, tf32 (float32 dots are exact to float32), and the order of a sum.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,14 @@ class Corrected(stock.InterpreterBuilder):
         if function is None:
             raise KeyError(f"add {symbol} to LIBDEVICE in {__file__}")
         return TensorHandle(encode(function(*map(number, args)), result), result.scalar)
+
+    def create_inline_asm(self, asm: str, constraints: str, args: Any, *_: Any) -> Any:
+        if not asm.startswith("prefetch"):
+            raise NotImplementedError(f"inline assembly {asm!r}")
+        addresses = args[0].data.astype(np.uint64)
+        self.check(TensorHandle(addresses, tl.pointer_type(tl.int8)), np.ones(1, bool))
+        nothing = TensorHandle(np.zeros(addresses.shape, np.int32), tl.int32)
+        return SimpleNamespace(get_result=lambda i: nothing)
 
     # Memory: every address is checked.
 

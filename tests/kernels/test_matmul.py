@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.interpreter import interpret
+from tests.interpreter import interpret, late
 from tests.kernels.check import check
+from tlk.kernels._linear import launch
 from tlk.kernels._op import count_ops
-from tlk.kernels.matmul import CUBLAS, choose, launch, matmul, matmul_reference
+from tlk.kernels.matmul import CUBLAS, choose, matmul, matmul_reference
 
 # the package shows the function of that name where an import statement would look
 module = importlib.import_module("tlk.kernels.matmul")
@@ -170,7 +171,8 @@ def test_default_choice(arch, dtype):
 
     with interpret(sm=arch):
         tensor_cores = arch >= 80 and dtype != torch.float32
-        assert kernel(1) == "fma"
+        assert kernel(1) == kernel(1, "triton") == "gemv"
+        assert kernel(1, "invariant") == kernel(40, "invariant") == "tile"
         assert kernel(4) == ("dot" if tensor_cores else "fma")
         assert kernel(16) == (
             "dot" if tensor_cores else "cublas" if dtype == torch.float32 else "fma"
@@ -210,7 +212,7 @@ def test_float32_stays_ieee_when_torch_allows_tf32(m, device, allow_tf32):
 
 
 def test_a_table_decides(device, monkeypatch):
-    measured = {16: CUBLAS, 40: {**module.decode_config(90, 8, BF16, 16, 48)}}
+    measured = {16: CUBLAS, 40: {**module.decode_config(90, 8, BF16, 16, 48, 64)}}
     asked = []
 
     def lookup(op, version, device, dtype, dims, running):
@@ -226,13 +228,76 @@ def test_a_table_decides(device, monkeypatch):
     assert set(asked) == {("matmul", (48, 64))}
 
 
-@pytest.mark.parametrize("slices, block_k", [(1, 32), (2, 16), (8, 16)])
-def test_slices_of_k(slices, block_k, device):
-    x, weight, _, residual = operands(5, 20, 300, device, BF16)
-    meta = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": block_k, "SLICES": slices}
+META = {
+    "gemv": {"BLOCK_N": 4, "STEPS": 3},
+    "fma": {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCK_K": 64},
+    "dot": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "PREFETCH": 128},
+}
+
+
+@pytest.mark.parametrize("kernel", META)
+@pytest.mark.parametrize("n, k", [(37, 300), (24, 256), (5, 40)])
+def test_decode_kernels(kernel, n, k, device):
+    """Rows of W that fill no tile and K steps that fill no block, and those that do."""
+    m = 1 if kernel == "gemv" else 5
+    x, weight, bias, residual = operands(m, n, k, device, BF16)
     y = torch.full_like(residual, torch.nan)
-    launch({"backend": "triton", "kernel": "dot", "meta": meta}, x, weight, None, None, y)
-    check(y, plain(x, weight), exact(x, weight))
+    config = {"backend": "triton", "kernel": kernel, "meta": META[kernel]}
+    launch(config, x, weight, bias, "silu", y, residual)
+    args = x, weight, bias, "silu", residual
+    check(y, plain(*args), exact(*args))
+
+
+@pytest.mark.parametrize("kernel", META)
+def test_what_earlier_kernels_wrote_is_read_after_the_wait(kernel):
+    x, weight, bias, residual = operands(1, 20, 96, "cpu", BF16)
+    y = torch.empty_like(residual)
+    with interpret(), late(x, residual):
+        config = {"backend": "triton", "kernel": kernel, "meta": META[kernel]}
+        launch(config, x, weight, bias, None, y, residual)
+    args = x, weight, bias, None, residual
+    check(y, plain(*args), exact(*args))
+
+
+def test_rows_too_long_for_registers(device):
+    for dtype, k in ((BF16, 16392), (torch.float32, 8200)):
+        x, weight, *_ = operands(1, 3, k, device, dtype)
+        assert choose(x, weight, None)["kernel"] == "fma"
+        assert choose(x[:, : k - 8], weight[:, : k - 8], None)["kernel"] == "gemv"
+        check_call(x, weight)
+        check_call(x[:, : k - 8], weight[:, : k - 8])
+
+
+def test_a_measured_gemv_is_for_one_row(device, monkeypatch):
+    gemv = {"backend": "triton", "kernel": "gemv", "meta": {"BLOCK_N": 2, "STEPS": 1}}
+    monkeypatch.setattr(module, "lookup", lambda *_: gemv)
+    x, weight, *_ = operands(2, 8, 64, device, BF16)
+    assert choose(x[:1], weight, None) is gemv
+    assert choose(x, weight, None)["kernel"] == "dot"
+    check_call(x, weight)
+    check_call(x[:1], weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_invariant_rows_do_not_depend_on_their_number(dtype, device):
+    x, weight, bias, residual = operands(150, 40, 300, device, dtype)
+    with count_ops() as counts:
+        check_call(x, weight, bias, "silu", residual, backend="invariant")
+        whole = matmul(x, weight, bias, residual=residual, backend="invariant")
+        for rows in (slice(0, 1), slice(3, 5), slice(7, 31), slice(100, 150)):
+            part = matmul(x[rows], weight, bias, residual=residual[rows], backend="invariant")
+            assert torch.equal(part, whole[rows])
+    assert counts == {"matmul[invariant]": 6}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_invariant_on_a_cpu(dtype):
+    x, weight, bias, _ = operands(70, 40, 500, "cpu", dtype)
+    whole = matmul(x, weight, bias, activation="gelu", backend="invariant")
+    for i in (0, 33, 69):
+        part = matmul(x[i : i + 1], weight, bias, activation="gelu", backend="invariant")
+        assert torch.equal(part, whole[i : i + 1])
+    check(whole, plain(x, weight, bias, "gelu"), exact(x, weight, bias, "gelu"))
 
 
 def test_registration(device):
@@ -267,7 +332,7 @@ def bad(message, error=ValueError, **changes):
         bad("residual must be on .*, got meta", residual="meta"),
         bad("weight must be on .*, got meta", weight="meta"),
         bad("activation must be None or one of .*, got 'tanh'", activation="tanh"),
-        bad("backend must be None, 'triton' or 'cublas', got 'cudnn'", backend="cudnn"),
+        bad("backend must be one of .*'invariant'.*, got 'cudnn'", backend="cudnn"),
     ],
 )
 def test_bad_input(changes, error, message, device):

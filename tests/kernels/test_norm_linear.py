@@ -138,14 +138,14 @@ def test_what_ran_is_counted(m, dtype, ran, device, monkeypatch):
 
 
 def test_a_table_decides(device, monkeypatch):
-    measured = {2: {"backend": "unfused"}, 20: decode_config(90, 8, BF16, 16, 32)}
+    tables = {2: {"backend": "unfused"}, 20: decode_config(90, 8, BF16, 16, 32, 64)}
     asked = []
 
-    def lookup(op, version, device, dtype, dims, running):
-        asked.append((op, dims))
-        return measured[running]
+    def measured(op, version, x, weight):
+        asked.append((op, tuple(weight.shape)))
+        return tables[len(x)]
 
-    monkeypatch.setattr(module, "lookup", lookup)
+    monkeypatch.setattr(module, "measured", measured)
     for m, ran in ((2, "rms_norm+triton"), (20, "triton")):
         args = operands(m, 32, 64, device, BF16)
         with count_ops() as counts:

@@ -41,3 +41,20 @@ def wait_for_previous(PDL: tl.constexpr):
     """Wait until all earlier kernels are done and what they wrote is visible."""
     if PDL:
         cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(starts, length, COUNT: tl.constexpr):
+    """Ask L2 for the lines of the first COUNT elements, of `length`, after each pointer of `starts` [R, 1]."""
+    LINE: tl.constexpr = 1024 // starts.dtype.element_ty.primitive_bitwidth
+    if COUNT > 0:
+        at = tl.arange(0, COUNT // LINE) * LINE
+        _prefetch_lines(starts + tl.minimum(at, length - 1)[None, :])
+
+
+@triton.jit
+def _prefetch_lines(ptrs):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -5,15 +5,18 @@
 Products are accumulated in float32, the epilogue runs in float32, and y is rounded once. What runs
 depends on the shape; tables of measured configurations (tuning.py) come before these defaults:
 
-- M = 1 ("fma"): each program reads 4 whole rows of W with 128-bit loads, multiplies in float32 and
-  reduces once at the end, so nothing is staged in shared memory and no split of K meets another.
-- M ≤ 16, float16 and bfloat16 ("dot"): tensor cores. Each of 4 warps owns a quarter of every K step
-  as one batch of a 3-D dot, and the four sums are added at the end of the program: split-K without a
-  workspace, atomics or a second launch, hence the same result on every run.
+- M = 1 ("gemv"): a program keeps x in registers and reads whole rows of W with 128-bit loads. x is
+  then read once per program: read again for every few rows it took a fifth of the way out of L2.
+- M ≤ 16, float16 and bfloat16 ("dot"): tensor cores, with W as the left operand.
+- M ≤ 16 otherwise ("fma"): products in float32, reduced once at the end. Nothing of these splits K
+  between programs, hence the same result on every run.
 - larger M: cuBLAS, then one elementwise kernel where there is an activation or a bias and a residual;
   its output is then rounded a second time, which stays within plain PyTorch's own rounding.
 - float32 promises IEEE products: cuBLAS only while torch's own matmul precision is IEEE, else "tile".
 - "tile": a tiled matmul in grouped order, for tables that found it faster, or `backend="triton"`.
+- `backend="invariant"` runs "tile" in one configuration whatever M is, so that no row's result depends
+  on how many others there are. On a CPU the reference sums in float64, where the order of a sum
+  rarely survives the rounding to x's dtype.
 
 Below sm_80 Triton has no tensor cores: "fma" serves M ≤ 16 and cuBLAS the rest. In float16 cuBLAS
 follows torch's allow_fp16_reduced_precision_reduction, as F.linear does.
@@ -22,7 +25,6 @@ Cost: N·K·itemsize bytes for small M (W is read once, by `evict_first`), 2·M�
 """
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +41,18 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._linear import _activated, launch
 from tlk.kernels._op import op
-from tlk.kernels.activation import _activate
 from tlk.kernels.tuning import Config, lookup
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu_squared")
 
-VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+BACKENDS = (None, "triton", "cublas", "invariant")
+
+VERSION = 2  # of the kernels: raise it when measured configurations no longer apply
 
 DECODE_ROWS = 16  # up to here a linear layer is a matter of reading W once
+LONGEST_ROW = 32768  # bytes of x that "gemv" keeps in the registers of a program
 
 CUBLAS: Config = {"backend": "cublas"}
 
@@ -72,148 +77,10 @@ def matmul_reference(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    wide = torch.float64 if backend == "invariant" else torch.float32
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     y = activate_reference(y, activation)
-    return (y if residual is None else y + residual.float()).to(x.dtype)
-
-
-@triton.jit
-def _activated(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu_squared":
-        y = tl.maximum(y, 0.0)
-        y = y * y
-    elif ACTIVATION is not None:
-        y = _activate(y, ACTIVATION)
-    return y
-
-
-@triton.jit
-def _store_outputs(
-    y, m, n, bias_ptr, residual_ptr, y_ptr, rows, cols, stride_residual, ACTIVATION: tl.constexpr
-):
-    """The epilogue: y [BLOCK_M, BLOCK_N] is float32 until it is stored."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, n < cols, other=0.0).to(tl.float32)[None, :]
-    y = _activated(y, ACTIVATION)
-    inside = (m < rows)[:, None] & (n < cols)[None, :]
-    if residual_ptr is not None:
-        at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
-        y += tl.load(at, inside, other=0.0).to(tl.float32)
-    at = y_ptr + m.to(tl.int64)[:, None] * cols + n[None, :]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _fma_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, norm_ptr, y_ptr,
-    M, N, K, stride_x, stride_w, stride_residual, eps, weight_offset,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program reads BLOCK_N whole rows of the weight: products and sums in float32."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    # three dimensions from the pointers on: a load's layout is then the accumulator's
-    x_ptrs = x_ptr + m.to(tl.int64)[:, None, None] * stride_x + k[None, None, :]
-    w_ptrs = w_ptr + n.to(tl.int64)[None, :, None] * stride_w + k[None, None, :]
-    in_m, in_n = (m < M)[:, None, None], (n < N)[None, :, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        in_k = (start + k < K)[None, None, :]
-        w = tl.load(
-            w_ptrs + start,
-            in_n if EVEN_K else in_n & in_k,
-            other=0.0,
-            eviction_policy="evict_first",
-        ).to(tl.float32)
-        x = tl.load(x_ptrs + start, in_m if EVEN_K else in_m & in_k, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += x * x
-            scale = tl.load(norm_ptr + start + k[None, None, :], in_k, other=0.0).to(tl.float32)
-            x *= scale + weight_offset
-        acc += x * w
-    y = tl.sum(acc, 2)
-    if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, 2) / K + eps)
-    _store_outputs(y, m, n, bias_ptr, residual_ptr, y_ptr, M, N, stride_residual, ACTIVATION)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _sliced_dot_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, norm_ptr, y_ptr,
-    M, N, K, stride_x, stride_w, stride_residual, eps, weight_offset,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, RESCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-):  # fmt: skip
-    """As `_fma_kernel` with tensor cores: each warp takes a slice of every K step."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    x_ptrs = x_ptr + m.to(tl.int64)[None, :, None] * stride_x + k[:, None, :]
-    w_ptrs = w_ptr + n.to(tl.int64)[None, None, :] * stride_w + k[:, :, None]
-    in_m, in_n = (m < M)[None, :, None], (n < N)[None, None, :]
-    acc = tl.zeros((SLICES, BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((SLICES, BLOCK_M), tl.float32)
-    largest = tl.full((SLICES, BLOCK_M), 1e-30, tl.float32)
-    for start in range(0, K, SLICES * BLOCK_K):
-        in_k = start + k < K
-        w = tl.load(
-            w_ptrs + start,
-            in_n if EVEN_K else in_n & in_k[:, :, None],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        x = tl.load(x_ptrs + start, in_m if EVEN_K else in_m & in_k[:, None, :], other=0.0)
-        if norm_ptr is not None:
-            h = x.to(tl.float32)
-            squares += tl.sum(h * h, 2)
-            scale = tl.load(norm_ptr + start + k, in_k, other=0.0).to(tl.float32)
-            h *= (scale + weight_offset)[:, None, :]
-            if RESCALE:  # x · w may leave float16's range: keep the row's largest value at 1
-                seen = largest
-                largest = tl.maximum(seen, tl.max(tl.abs(h), 2))
-                acc *= (seen / largest)[:, :, None]
-                h *= (1.0 / largest)[:, :, None]
-            x = h.to(x_ptr.dtype.element_ty)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    if RESCALE:
-        acc *= largest[:, :, None]
-    y = tl.sum(acc, 0)
-    if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    _store_outputs(y, m, n, bias_ptr, residual_ptr, y_ptr, M, N, stride_residual, ACTIVATION)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _tile_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, N, K, stride_x, stride_w, stride_residual,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """One tile of y; GROUP_M rows of tiles go together, so that L2 keeps what they share."""
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first_m = tl.program_id(0) // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * tiles_n)
-    m = (first_m + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # rows past the end repeat the last one, whose result is not stored: loads stay unmasked
-    x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_x + k[None, :]
-    w_ptrs = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * stride_w + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs + start)
-            w = tl.load(w_ptrs + start)
-        else:
-            x = tl.load(x_ptrs + start, (start + k < K)[None, :], other=0.0)
-            w = tl.load(w_ptrs + start, (start + k < K)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    _store_outputs(acc, m, n, bias_ptr, residual_ptr, y_ptr, M, N, stride_residual, ACTIVATION)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
 
 
 @triton.jit
@@ -232,34 +99,45 @@ def _epilogue_kernel(
     tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), n < N)
 
 
-_KERNELS: dict[str, Any] = {
-    "fma": _fma_kernel,
-    "dot": _sliced_dot_kernel,
-    "tile": _tile_kernel,
-}
-
-
 @lru_cache
-def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int) -> Config:
-    """The Triton configuration for up to `DECODE_ROWS` rows; fits every SM."""
+def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int, k: int) -> Config:
+    """The Triton configuration for up to `DECODE_ROWS` rows and a weight [n, k]; fits every SM."""
+    size = dtype.itemsize
+    if m == 1 and k * size <= LONGEST_ROW:
+        return {"backend": "triton", "kernel": "gemv", "meta": _gemv_meta(processors, size, n, k)}
     if arch < 80 or dtype == torch.float32 or m == 1:
         block_m = min(next_power_of_2(max(m, 1)), 8)
         # 4 warps of 16-byte loads cover BLOCK_K, so that lanes meet only in the last reduction
         meta = {
             "BLOCK_M": block_m,
-            "BLOCK_N": {1: 4, 2: 4, 4: 2, 8: 1}[block_m],
-            "BLOCK_K": 2048 // dtype.itemsize,
+            "BLOCK_N": {1: 4, 2: 4, 4: 2, 8: 2}[block_m],
+            "BLOCK_K": (2048 if block_m < 8 else 1024) // size,
         }
         return {"backend": "triton", "kernel": "fma", "meta": {**meta, "num_warps": 4}}
+    # the tallest tile of W of which there are enough; a warp multiplies 16 of its rows
+    block_n = next((b for b in (64, 32) if cdiv(n, b) >= 0.9 * processors), 16)
     meta = {
-        "BLOCK_M": 16,
-        "BLOCK_N": 32 if cdiv(n, 32) >= 0.9 * processors else 16,
-        "BLOCK_K": 64,
-        "SLICES": 4,
+        "BLOCK_M": 8 if m <= 8 else 16,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 128 if block_n == 64 else 256,
+        "PREFETCH": 256,
+        "num_warps": block_n // 16,
+        "num_stages": 6 if block_n == 16 else 4,
     }
+    return {"backend": "triton", "kernel": "dot", "meta": meta}
+
+
+def _gemv_meta(processors: int, size: int, n: int, k: int) -> dict[str, int]:
+    """32 values of a row a thread, 16 KB or more of W a tile, and one wave of programs: 8 warps an SM."""
+    width = next_power_of_2(k)
+    warps = min(max(width // 1024, 1), 16)
+    rows = (8 if warps < 16 else 4) // size * max(1024 // width, 1)
+    programs = processors * max(8 // warps, 1)
     return {
-        "backend": "triton", "kernel": "dot", "meta": {**meta, "num_warps": 4, "num_stages": 4}
-    }  # fmt: skip
+        "BLOCK_N": rows,
+        "STEPS": max(cdiv(cdiv(n, rows), programs), 1),
+        "num_warps": warps,
+    }
 
 
 @lru_cache
@@ -282,57 +160,39 @@ def choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     """The configuration of one call: forced, measured or the default."""
     if backend == "cublas":
         return CUBLAS
+    arch = sm(x.device)
+    if backend == "invariant":
+        return tile_config(arch, x.dtype)
     m, (n, k) = x.shape[:-1].numel(), weight.shape
     if backend is None:
-        config = lookup("matmul", VERSION, x.device, x.dtype, (n, k), m)
+        config = measured("matmul", VERSION, x, weight)
         decode = m <= (4 if x.dtype == torch.float32 else DECODE_ROWS)
         if config is None and not decode:
             config = CUBLAS
         if config is not None and (config["backend"] != "cublas" or _cublas_is_exact(x.dtype)):
             return config
-    arch = sm(x.device)
     if m <= DECODE_ROWS:
-        return decode_config(arch, sm_count(x.device), x.dtype, m, n)
+        return decode_config(arch, sm_count(x.device), x.dtype, m, n, k)
     return tile_config(arch, x.dtype)
+
+
+def measured(op: str, version: int, x: Tensor, weight: Tensor) -> Config | None:
+    """What tables say of act(x · weightᵀ), or None; "gemv" is for one row, and not for any length."""
+    m, (n, k) = x.shape[:-1].numel(), weight.shape
+    config = lookup(op, version, x.device, x.dtype, (n, k), m)
+    if config is not None and config.get("kernel") == "gemv":
+        return config if m == 1 and k * x.element_size() <= LONGEST_ROW else None
+    return config
+
+
+def name_of(config: Config, backend: str | None) -> str:
+    """What a report calls a matmul in `config`."""
+    return "invariant" if backend == "invariant" else str(config["backend"])
 
 
 def _cublas_is_exact(dtype: torch.dtype) -> bool:
     """Whether torch multiplies this dtype without dropping bits; read at every call, as it may change."""
     return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
-
-
-def launch(
-    config: Config,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    y: Tensor,
-    residual: Tensor | None = None,
-    norm: tuple[Tensor, float, float] | None = None,
-) -> None:
-    """Run the Triton kernel that `config` names; `norm` is RMSNorm's weight, eps and weight offset."""
-    m, (n, k) = x.shape[:-1].numel(), weight.shape
-    x = x.reshape(m, k)
-    stride_residual = 0
-    if residual is not None:
-        residual = residual.reshape(m, n)
-        stride_residual = residual.stride(0)
-    strides = x.stride(0), weight.stride(0), stride_residual
-    kernel, meta = config["kernel"], config["meta"]
-    tiles_m, tiles_n = cdiv(m, meta["BLOCK_M"]), cdiv(n, meta["BLOCK_N"])
-    even_k = k % (meta["BLOCK_K"] * meta.get("SLICES", 1)) == 0
-    if kernel == "tile":
-        _tile_kernel[(tiles_m * tiles_n,)](
-            x, weight, bias, residual, y, m, n, k, *strides, activation, even_k, **meta
-        )
-        return
-    norm_weight, eps, weight_offset = norm or (None, 0.0, 0.0)
-    rescale = (norm is not None and x.dtype == torch.float16,) if kernel == "dot" else ()
-    _KERNELS[kernel][(tiles_n, tiles_m)](
-        x, weight, bias, residual, norm_weight, y, m, n, k, *strides, eps, weight_offset,
-        activation, even_k, *rescale, **meta,
-    )  # fmt: skip
 
 
 def _cublas(
@@ -362,7 +222,7 @@ def _chosen_backend(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> str:
-    return choose(x, weight, backend)["backend"]
+    return name_of(choose(x, weight, backend), backend)
 
 
 @op(matmul_reference, backend=_chosen_backend)
@@ -419,7 +279,8 @@ def matmul(
     bfloat16, all the same. `activation` is None, "silu", "gelu", "gelu_tanh" or "relu_squared".
     Rows of `x`, `weight` and `residual` may be strided; their last dimension is contiguous.
     `backend` None runs what is fastest as far as known, "triton" and "cublas" insist; "cublas" then
-    multiplies float32 as precisely as torch is set to.
+    multiplies float32 as precisely as torch is set to. "invariant": no row's result depends on the
+    number of rows or on the others.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
     check_linear(x, weight, bias, activation)
@@ -428,6 +289,6 @@ def matmul(
         check_shape("residual", residual, *x.shape[:-1], weight.shape[0])
         check_device("residual", residual, x.device)
         check_last_dim_contiguous("residual", residual)
-    if backend not in (None, "triton", "cublas"):
-        raise ValueError(f"backend must be None, 'triton' or 'cublas', got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     return _matmul(x, weight, bias, activation, residual, backend)

@@ -8,20 +8,24 @@ from torch import Tensor
 
 from tlk.kernels._check import check_device, check_dtype, check_last_dim_contiguous, check_shape
 from tlk.kernels._device import sm, sm_count
+from tlk.kernels._linear import launch
 from tlk.kernels._op import op
 from tlk.kernels.matmul import (
     DECODE_ROWS,
     check_linear,
     choose,
     decode_config,
-    launch,
     matmul,
     matmul_reference,
+    measured,
+    name_of,
 )
 from tlk.kernels.norm import rms_norm
-from tlk.kernels.tuning import Config, lookup
+from tlk.kernels.tuning import Config
 
-VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+VERSION = 2  # of the kernels: raise it when measured configurations no longer apply
+
+BACKENDS = (None, "invariant")
 
 UNFUSED: Config = {"backend": "unfused"}
 
@@ -34,25 +38,28 @@ def norm_linear_reference(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     activation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    h = x.float()
+    h = x.double() if backend == "invariant" else x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    h = h * (norm_weight.float() + weight_offset)
-    return matmul_reference(h, weight, bias, activation).to(x.dtype)
+    h = h * (norm_weight.to(h.dtype) + weight_offset)
+    return matmul_reference(h, weight, bias, activation, None, backend).to(x.dtype)
 
 
-def _choose(x: Tensor, weight: Tensor) -> Config:
+def _choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
+    if backend == "invariant":
+        return UNFUSED
     n, k = weight.shape
     m = x.shape[:-1].numel()
-    config = lookup("norm_linear", VERSION, x.device, x.dtype, (n, k), m)
+    config = measured("norm_linear", VERSION, x, weight)
     if config is not None:
         return config
     if m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
-        return decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n)
+        return decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n, k)
     return UNFUSED
 
 
-def _chosen_backend(
+def chosen_backend(
     x: Tensor,
     norm_weight: Tensor,
     weight: Tensor,
@@ -60,13 +67,14 @@ def _chosen_backend(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     activation: str | None = None,
+    backend: str | None = None,
 ) -> str:
-    if _choose(x, weight)["backend"] == "triton":
+    if _choose(x, weight, backend)["backend"] == "triton":
         return "triton"
-    return "rms_norm+" + choose(x, weight, None)["backend"]
+    return "rms_norm+" + name_of(choose(x, weight, backend), backend)
 
 
-@op(norm_linear_reference, backend=_chosen_backend)
+@op(norm_linear_reference, backend=chosen_backend)
 def _norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -75,11 +83,12 @@ def _norm_linear(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     activation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    config = _choose(x, weight)
+    config = _choose(x, weight, backend)
     if config["backend"] != "triton":
         h = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
-        return matmul(h, weight, bias, activation=activation)
+        return matmul(h, weight, bias, activation=activation, backend=backend)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if y.numel() > 0:
         launch(config, x, weight, bias, activation, y, norm=(norm_weight, eps, weight_offset))
@@ -95,17 +104,26 @@ def norm_linear(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     activation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Return ``matmul(rms_norm(x, norm_weight, eps), weight, bias, activation=activation)``.
 
     `x` [..., K], `norm_weight` [K], `weight` [N, K] and `bias` [N] are float32, float16 or bfloat16,
     all the same; the result is [..., N]. `weight_offset` 1.0 is the form that scales by 1 + w.
-    Rows of `x` and `weight` may be strided. Raises TypeError or ValueError naming the argument that
-    does not fit.
+    Rows of `x` and `weight` may be strided. `backend` None runs what is fastest as far as known,
+    "invariant" two kernels that give each row a result independent of the others and their number.
+    Raises TypeError or ValueError naming the argument that does not fit.
     """
     check_linear(x, weight, bias, activation)
+    check_norm_weight(norm_weight, x)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _norm_linear(x, norm_weight, weight, bias, eps, weight_offset, activation, backend)
+
+
+def check_norm_weight(norm_weight: Tensor, x: Tensor) -> None:
+    """Raise unless `norm_weight` can scale the rows of `x`."""
     check_dtype("norm_weight", norm_weight, x.dtype)
     check_shape("norm_weight", norm_weight, x.shape[-1])
     check_device("norm_weight", norm_weight, x.device)
     check_last_dim_contiguous("norm_weight", norm_weight)
-    return _norm_linear(x, norm_weight, weight, bias, eps, weight_offset, activation)
