@@ -1,13 +1,14 @@
 import pytest
 import torch
+import triton
 
 from tests.interpreter import interpret
 from tests.kernels.launches import record_launches
 from tests.kernels.test_paged_attention import Requests, dense, module, verify
-from tlk.kernels import paged_prefill
+from tlk.kernels import paged_prefill, paged_prefill_sm90
 from tlk.kernels.aot import dry_run, isolated, measure, violations
 from tlk.kernels.paged_attention import paged_attention
-from tlk.kernels.paged_prefill import default_config, suits
+from tlk.kernels.paged_prefill import backend, default_config
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -18,10 +19,18 @@ def enough_programs(monkeypatch):
     monkeypatch.setattr(paged_prefill, "sm_count", lambda device: 1)
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
+@pytest.fixture(params=["triton_tma", "gluon"])
+def launches(request, monkeypatch):
+    """The grids of the kernel under test, which takes all that it can."""
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if request.param == "gluon":
+        if gpu != (9, 0) or not triton.__version__.startswith(("3.6.", "3.7.")):
+            pytest.skip("needs a GPU of sm_90 and triton 3.6 or 3.7: no interpreter runs Gluon")
+        monkeypatch.setattr(paged_prefill_sm90, "missing", lambda: None)
+        return record_launches(monkeypatch, paged_prefill_sm90, "_paged_prefill_sm90_kernel")
+    if gpu not in (None, (9, 0), (10, 0)):
         pytest.skip("needs a GPU of sm_90 or sm_100, or an interpreter")
+    monkeypatch.setattr(paged_prefill_sm90, "missing", lambda: "not under test")
     return record_launches(monkeypatch, paged_prefill, "_paged_prefill_kernel")
 
 
@@ -30,7 +39,7 @@ def chunks(queries, lengths, device, dtype=torch.bfloat16, d=64, dv=64, page=64,
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("page", [64, 128, 192])
+@pytest.mark.parametrize("page", [64, 128, 256])
 def test_prefill_chunks_and_decode_together(page, dtype, device, launches):
     lengths = [40, 7, 100, 300, 1, 0]
     r = chunks([1, 0, 100, 65, 1, 0], lengths, device, dtype, page=page, padding=70)
@@ -78,6 +87,13 @@ def test_rows_that_see_nothing_are_zero(device, launches):
     shown = out.abs().amax((1, 2)) > 0
     assert shown.tolist() == [False] * 158 + [True] * 2
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("page", [16, 32, 192])
+def test_other_pages(page, device, launches):
+    """Tiles of several pages, which only Gluon puts together, and pages of three tiles."""
+    verify(chunks([1, 0, 100, 65, 1, 0], [40, 7, 100, 300, 1, 0], device, page=page, padding=3))
+    assert len(launches) <= 1
 
 
 def test_scale(device, launches):
@@ -153,19 +169,19 @@ def test_what_it_leaves_to_others(device):
 def test_caches_that_are_not_aligned_are_left_to_others(device):
     r = chunks([64], [64], device)
     q, k, v = r.q, *r.caches
-    assert suits(q, k, v, 64)
+    assert backend(q, k, v, 64)
     shifted = torch.empty(k.numel() + 1, dtype=k.dtype, device=device)[1:].view(k.shape)
-    assert not suits(q, shifted, v, 64)
+    assert not backend(q, shifted, v, 64)
     odd = torch.empty(k.shape[0], k[0].numel() + 8, dtype=k.dtype, device=device)
-    assert not suits(q, k, odd[:, :-8].view(k.shape), 64)
+    assert not backend(q, k, odd[:, :-8].view(k.shape), 64)
 
 
 def test_few_programs_are_left_to_the_kernel_that_splits_keys(device, monkeypatch):
     monkeypatch.setattr(paged_prefill, "sm_count", lambda device: 132)
     r = chunks([64], [64], device)
-    assert not suits(r.q, *r.caches, 64)
+    assert not backend(r.q, *r.caches, 64)
     many = r.q.repeat(67, 1, 1)  # 67 tiles × 2 heads
-    assert suits(many, *r.caches, 67 * 64)
+    assert backend(many, *r.caches, 67 * 64)
 
 
 @pytest.mark.parametrize("page", [64, 128])

@@ -324,7 +324,7 @@ def _backend(
     if sm(q.device) < 80 and max_q > 8:
         return "torch"
     plain = not window and not softcap and sinks is None
-    return "triton_tma" if plain and paged_prefill.suits(q, k_cache, v_cache, max_q) else "triton"
+    return (plain and paged_prefill.backend(q, k_cache, v_cache, max_q)) or "triton"
 
 
 @op(
@@ -343,8 +343,8 @@ def _paged_attention(
     if backend == "torch":
         return _paged_torch.paged_attention_torch(*tensors, *options)
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
-    if backend == "triton_tma":
-        paged_prefill.launch(out, *tensors, softmax_scale)
+    if backend in ("gluon", "triton_tma"):
+        paged_prefill.launch(backend, out, *tensors, softmax_scale)
     elif out.numel():
         _launch(out, *tensors, *options, deterministic)
     return out

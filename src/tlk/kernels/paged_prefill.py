@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tlk.kernels import paged_prefill_sm90
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._paged_tiles import locate
@@ -132,24 +133,27 @@ def default_config(sm: int, page_size: int) -> Config:
     return Config(128, 128 if sm == 90 and page_size % 128 == 0 else 64, 8, 2)
 
 
-def suits(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_q: int) -> bool:
-    """Whether the kernel takes such a batch, and has rows enough to be worth it.
+def backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_q: int) -> str | None:
+    """The kernel that takes such a batch, "gluon" or "triton_tma"; None where another is better.
 
     Depends on shapes, layouts and the device: decode and short chunks are left to kernels with
     smaller tiles, which split the keys.
     """
-    heads, (_, kv_heads, page_size, _) = q.shape[1], k_cache.shape
+    heads, (kv_heads, page_size) = q.shape[1], k_cache.shape[1:3]
     group, dims = heads // kv_heads, {q.shape[2], v_cache.shape[3]}
-    return (
-        max_q * group >= BLOCK_M
-        and page_size % 64 == 0
-        and q.element_size() == 2
-        and dims <= HEAD_DIMS
-        and 90 <= sm(q.device) < 120  # 64 × 128 tiles spill on sm_120
-        and 2 * cdiv(q.shape[0] * group, BLOCK_M) * kv_heads > sm_count(q.device)
-        and _in_boxes(k_cache)
-        and _in_boxes(v_cache)
-    )
+    arch = sm(q.device)
+    if (
+        arch not in (90, 100)  # on sm_120 tiles of 64 × 128 spill
+        or max_q * group < BLOCK_M
+        or q.element_size() != 2
+        or not dims <= HEAD_DIMS
+        or 2 * cdiv(q.shape[0] * group, BLOCK_M) * kv_heads <= sm_count(q.device)
+        or not (_in_boxes(k_cache) and _in_boxes(v_cache))
+    ):
+        return None
+    if arch == 90 and paged_prefill_sm90.takes(page_size) and not paged_prefill_sm90.missing():
+        return "gluon"
+    return "triton_tma" if page_size % 64 == 0 else None
 
 
 def _in_boxes(cache: Tensor) -> bool:
@@ -160,10 +164,19 @@ def _in_boxes(cache: Tensor) -> bool:
 
 
 def launch(
+    backend: str, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor,
+    seq_lens: Tensor, cu_seqlens_q: Tensor, softmax_scale: float,
+) -> None:  # fmt: skip
+    """Attend into `out` [T, H, Dv] what `paged_attention` says of its arguments, with `backend`."""
+    run = paged_prefill_sm90.launch if backend == "gluon" else launch_tma
+    run(out, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, softmax_scale)
+
+
+def launch_tma(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor,
     seq_lens: Tensor, cu_seqlens_q: Tensor, softmax_scale: float, config: Config | None = None,
 ) -> None:  # fmt: skip
-    """Attend into `out` [T, H, Dv] what `paged_attention` says of its arguments."""
+    """`launch` with the portable kernel."""
     (tokens, heads, d), dv = q.shape, v_cache.shape[3]
     seqs, (_, kv_heads, page_size, _) = page_table.shape[0], k_cache.shape
     group = heads // kv_heads
