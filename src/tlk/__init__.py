@@ -11,26 +11,44 @@ from tlk.dropin import (
 from tlk.errors import (
     CapacityError,
     CheckpointError,
+    EngineError,
     FallbackWarning,
     TlkError,
     UnsupportedError,
 )
+from tlk.llm import (
+    LLM,
+    AsyncLLM,
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+)
 from tlk.optimize import Report, optimize, report, restore
+from tlk.runtime.params import SamplingParams
 from tlk.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
+    "AsyncLLM",
     "AutoModelForCausalLM",
     "CapacityError",
     "CheckpointError",
+    "CompletionOutput",
+    "EngineError",
     "FallbackWarning",
     "LlamaForCausalLM",
+    "Logprob",
     "MistralForCausalLM",
     "NemotronForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Report",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
     "TlkError",
     "UnsupportedError",
     "Verification",
