@@ -13,11 +13,13 @@ from tlk.kernels.norm_linear import norm_linear
 from tlk.kernels.paged_attention import paged_attention
 from tlk.kernels.rope import rope_and_write_kv_
 from tlk.kernels.sampling import apply_penalties_, sample, top_logprobs
+from tlk.kernels.step import expand_step
 
 __all__ = [
     "add_rms_norm",
     "apply_penalties_",
     "count_ops",
+    "expand_step",
     "flash_attention",
     "gelu_and_mul",
     "layer_norm",
