@@ -61,7 +61,7 @@ class Graphs:
         self._forward = forward
         self._shapes = sorted(shapes, key=lambda s: (s.max_q > 1, s.tokens, s.sequences))
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
         self.replays = 0
         self.dropped: list[Shape] = []
 
@@ -103,6 +103,8 @@ class Graphs:
         return True
 
     def _capture(self, shape: Shape) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from tlk.errors import UnsupportedError
+from tlk.runtime.options import EngineOptions
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_model_len", 0), ("max_num_seqs", 0), ("max_num_batched_tokens", -1), ("page_size", 0),
+        ("kv_cache_memory", 0), ("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.1),
+    ],
+)  # fmt: skip
+def test_bounds(field, value):
+    with pytest.raises(ValueError, match=f"{field} must"):
+        EngineOptions(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_num_seqs", 2.0), ("max_num_seqs", True), ("kv_cache_memory", 1e9), ("seed", "x"),
+     ("gpu_memory_utilization", "most")],
+)  # fmt: skip
+def test_types(field, value):
+    with pytest.raises(TypeError, match=f"{field} must"):
+        EngineOptions(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "double"])
+def test_caches_without_a_kernel_are_refused(name):
+    with pytest.raises(UnsupportedError, match=f"kv_cache_dtype '{name}' has no kernel yet"):
+        EngineOptions(kv_cache_dtype=name)
+
+
+def test_the_dtype_of_the_cache():
+    assert EngineOptions().kv_dtype(torch.float16) == torch.float16
+    assert EngineOptions(kv_cache_dtype="bfloat16").kv_dtype(torch.float32) == torch.bfloat16
