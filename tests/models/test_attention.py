@@ -9,6 +9,7 @@ from tlk.models.attention import Attention
 from tlk.models.config import AttentionConfig, NormConfig, RopeConfig
 from tlk.models.layers import RMSNorm
 from tlk.models.rope import RotaryEmbedding
+from tlk.quant.format import DENSE, Dense
 
 CONFIG = AttentionConfig(
     heads=4,
@@ -26,12 +27,12 @@ CONFIG = AttentionConfig(
 )
 
 
-def build(config):
+def build(config, format=DENSE):
     rope = None
     if config.rope is not None:
         rope = RotaryEmbedding(config.rope)
         rope.prepare(32)
-    attention, norm = Attention(config, 12, rope), RMSNorm(12, 0.5)
+    attention, norm = Attention(config, 12, rope, format), RMSNorm(12, 0.5)
     for parameter in (*attention.parameters(), *norm.parameters()):
         parameter.data.normal_()
     return attention, norm
@@ -95,6 +96,27 @@ def test_nothing_optional():
 @pytest.mark.parametrize("rope", [None, CONFIG.rope], ids=["no positions", "rope"])
 def test_head_norms(kind, rope):
     check_attention(dataclasses.replace(CONFIG, qk_norm=NormConfig(kind, 0.5, 1.0), rope=rope))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic(dtype):
+    """Bit for bit the same in chunks of any size, beside another sequence and padding or not."""
+    attention, norm = (m.to(dtype) for m in build(CONFIG, Dense(deterministic=True)))
+    x = torch.randn(2, 14, 12, dtype=dtype)
+    outputs = []
+    for chunks in ([14], [1] * 14, [3, 7, 1, 3]):
+        for padding in (0, 2):
+            pages = Pages([attention.cache_spec(dtype, 4)], [14, 14], "cpu")
+            done = 0
+            parts = []
+            for n in chunks:
+                both = [(0, n), (1, n)] if padding else [(0, n)]
+                rows = torch.cat([x[s, done : done + n] for s, _ in both] + [x[0, :padding]])
+                kv = pages.cache.layers[0]
+                parts.append(attention(rows, norm, pages.step(both, padding), kv)[:n])
+                done += n
+            outputs.append(torch.cat(parts))
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 def test_padding_writes_nowhere_and_adds_nothing():

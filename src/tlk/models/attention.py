@@ -16,7 +16,8 @@ from tlk.quant.format import DENSE, Format
 class Attention(nn.Module):
     """q, k and v in one matmul, rotated and cached in place, and the output added to the stream.
 
-    With several ranks, each holds its share of the query and key heads.
+    With several ranks, each holds its share of the query and key heads. If `format` is deterministic,
+    so is all of it: no row depends on the others, bit for bit.
     """
 
     sinks: nn.Parameter | None
@@ -29,7 +30,7 @@ class Attention(nn.Module):
         format: Format = DENSE,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.deterministic = config, format.deterministic
         self.heads = parallel.per_rank("heads", config.heads)
         self.kv_heads = parallel.per_rank("kv_heads", config.kv_heads)
         rows = config.heads * config.head_dim
@@ -70,6 +71,7 @@ class Attention(nn.Module):
             window=c.window,
             softcap=c.softcap,
             sinks=self.sinks,
+            deterministic=self.deterministic,
         )
         return self.out(y.flatten(1), residual=x)
 
