@@ -336,6 +336,22 @@ def test_apply_penalties(n_cols, device):
     assert (logits[:4] != before[:4, :n_cols]).any(-1).all()
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_penalties_of_rows_in_another_order(reference, device):
+    """Each row of logits has the marks that `rows` names; -1 has none and stays."""
+    logits, (prompt, counts, *values) = torch.randn(4, 70, device=device), penalties(5, 70, device)
+    rows = torch.tensor([3, -1, 0, 3], device=device)
+    values = [v[:4].clone() for v in values]
+    before, want = logits.clone(), logits.clone()
+    at = rows.clamp(min=0)
+    apply_penalties_reference(want, prompt[at], counts[at], *values)
+    want[1] = before[1]
+    run = apply_penalties_reference if reference else apply_penalties_
+    run(logits, prompt, counts, *values, rows=rows)
+    torch.testing.assert_close(logits, want)
+    assert not torch.equal(logits, before)
+
+
 def test_penalties_leave_masked_tokens_masked(device):
     logits = torch.full((1, 70), -torch.inf, device=device)
     logits[0, 5] = 1.0
@@ -417,7 +433,9 @@ def test_registration(device):
     ops, tokens = torch.ops.tlk, torch.tensor([3, 39], device=device)
     torch.library.opcheck(ops.sample.default, (logits, *args))
     torch.library.opcheck(ops.top_logprobs.default, (logits, tokens, 2))
-    torch.library.opcheck(ops.apply_penalties_.default, (logits, *penalties(2, 40, device)))
+    marks = penalties(2, 40, device)
+    torch.library.opcheck(ops.apply_penalties_.default, (logits, *marks))
+    torch.library.opcheck(ops.apply_penalties_.default, (logits, *marks, tokens.flip(0) % 3))
 
     def step(logits, tokens):
         y = logits * 2
@@ -456,6 +474,12 @@ def test_bad_arguments_are_refused(device):
         apply_penalties_(logits, marks[0], marks[1][:, 1:], *marks[2:])
     with pytest.raises(TypeError, match="presence must be float32, got int32"):
         apply_penalties_(logits, *marks[:3], marks[3].int(), marks[4])
+    with pytest.raises(TypeError, match="rows must be int64, got int32"):
+        apply_penalties_(logits, *marks, rows=torch.zeros(2, device=device, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"rows must have shape \(2\), got \(3,\)"):
+        apply_penalties_(logits, *marks, rows=torch.zeros(3, device=device, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"prompt_mask must have shape \(any, 40\)"):
+        apply_penalties_(logits, marks[0][:, 1:], *marks[1:], rows=args[4])
     with pytest.raises(ValueError, match="n must be between 0 and 40, got 41"):
         top_logprobs(logits, args[4], 41)
     with pytest.raises(TypeError, match="tokens must be int64, got int32"):

@@ -33,6 +33,7 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels._philox import QUARTER, gumbel, gumbel_reference, philox
 from tlk.kernels._threshold import (
     LOWEST,
@@ -64,8 +65,12 @@ def sample_reference(
 
 def apply_penalties_reference(
     logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
-    repetition: Tensor, presence: Tensor, frequency: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor, rows: Tensor | None = None,
 ) -> None:  # fmt: skip
+    if rows is not None:
+        none = rows[:, None] < 0
+        prompt_mask = prompt_mask[rows.clamp(min=0)] & ~none
+        output_counts = output_counts[rows.clamp(min=0)].masked_fill(none, 0)
     repetition, output = repetition[:, None], output_counts > 0
     x = torch.where(logits > 0, logits / repetition, logits * repetition)
     x = torch.where(prompt_mask | output, x, logits)
@@ -143,10 +148,12 @@ def _draw_row(
 def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
     tokens_ptr, logprobs_ptr, stride, n_cols,
-    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
+    wait_for_previous(PDL)
     v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
     top = tl.max(v0, 0)
     token = tl.min(tl.where(v0 == top, c0, n_cols), 0)
@@ -213,19 +220,22 @@ def _sample_kernel(
 
 @triton.jit
 def _apply_penalties_kernel(
-    logits_ptr, mask_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr,
+    logits_ptr, mask_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr, rows_ptr,
     logits_stride, mask_stride, counts_stride, n_cols, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    state = row
+    if rows_ptr is not None:
+        state = tl.load(rows_ptr + row)
     repetition = tl.load(repetition_ptr + row)
     presence, frequency = tl.load(presence_ptr + row), tl.load(frequency_ptr + row)
-    if (repetition != 1) | (presence != 0) | (frequency != 0):
+    if (state >= 0) & ((repetition != 1) | (presence != 0) | (frequency != 0)):
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < n_cols
         logits_ptr += row * logits_stride
         x = tl.load(logits_ptr + cols, inside, other=0.0)
-        prompt = tl.load(mask_ptr + row * mask_stride + cols, inside, other=0)
-        counts = tl.load(counts_ptr + row * counts_stride + cols, inside, other=0)
+        prompt = tl.load(mask_ptr + state * mask_stride + cols, inside, other=0)
+        counts = tl.load(counts_ptr + state * counts_stride + cols, inside, other=0)
         penalized = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         y = tl.where((prompt != 0) | (counts > 0), penalized, x)
         y -= tl.where(counts > 0, presence, 0.0) + frequency * counts.to(tl.float32)
@@ -278,11 +288,13 @@ def _sample(
     tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     block, warps = default_config(n_cols)
+    dependent = pdl(logits.device)
     if n_rows:
         _sample_kernel[(n_rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, offsets, tokens, logprobs,
             logits.stride(0), n_cols,
-            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, num_warps=warps,
+            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, PDL=dependent,
+            num_warps=warps, launch_pdl=dependent,
         )  # fmt: skip
     return tokens, logprobs
 
@@ -290,14 +302,14 @@ def _sample(
 @op(apply_penalties_reference, mutates=("logits",))
 def _apply_penalties_(
     logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
-    repetition: Tensor, presence: Tensor, frequency: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor, rows: Tensor | None = None,
 ) -> None:  # fmt: skip
     n_rows, n_cols = logits.shape
     block = min(max(next_power_of_2(n_cols), 128), 1024)
     if n_rows:
         _apply_penalties_kernel[(n_rows, cdiv(n_cols, block))](
             logits, prompt_mask.view(torch.uint8), output_counts, repetition, presence, frequency,
-            logits.stride(0), prompt_mask.stride(0), output_counts.stride(0), n_cols,
+            rows, logits.stride(0), prompt_mask.stride(0), output_counts.stride(0), n_cols,
             BLOCK=block, num_warps=max(block // 256, 1),
         )  # fmt: skip
 
@@ -342,31 +354,39 @@ def sample(
 
 def apply_penalties_(
     logits: Tensor, prompt_mask: Tensor, output_counts: Tensor,
-    repetition: Tensor, presence: Tensor, frequency: Tensor,
+    repetition: Tensor, presence: Tensor, frequency: Tensor, *, rows: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Penalize in place the `logits` [S, V] float32 of tokens that have occurred.
+    """Penalize in place the `logits` [S, V] of tokens that have occurred.
+
+    The logits are float32, as in transformers: 16-bit logits must be converted first, for rounding
+    them again after a penalty could change their order.
 
     `prompt_mask` [S, V] bool marks the tokens of the prompt, `output_counts` [S, V] int32 counts those
-    generated since. `repetition` [S] (Keskar et al., https://arxiv.org/abs/1909.05858; 1 is off)
-    divides positive and multiplies negative logits of tokens in either; `presence` [S] is subtracted
-    once and `frequency` [S] once per occurrence from generated tokens, as OpenAI's API does (0 is
-    off). The three are float32. Rows without any penalty are not read.
+    generated since. `rows` [S] int64 says which rows of the two, then [R, V], belong to each row of
+    logits; -1: none, the logits stay. `repetition` [S] (Keskar et al.,
+    https://arxiv.org/abs/1909.05858; 1 is off) divides positive and multiplies negative logits of
+    tokens in either; `presence` [S] is subtracted once and `frequency` [S] once per occurrence from
+    generated tokens, as OpenAI's API does (0 is off). The three are float32. Rows without any penalty
+    are not read.
 
     Raises TypeError for other dtypes and ValueError for other shapes, devices or strides.
     """
     _check_rows(logits, (torch.float32,))
+    count = logits.shape[0] if rows is None else None
     for name, like, dtype in (
         ("prompt_mask", prompt_mask, torch.bool),
         ("output_counts", output_counts, torch.int32),
     ):
         check_dtype(name, like, dtype)
-        check_shape(name, like, *logits.shape)
+        check_shape(name, like, count, logits.shape[1])
         check_device(name, like, logits.device)
         check_last_dim_contiguous(name, like)
     _check_vectors(
         logits, torch.float32, repetition=repetition, presence=presence, frequency=frequency
     )
-    _apply_penalties_(logits, prompt_mask, output_counts, repetition, presence, frequency)
+    if rows is not None:
+        _check_vectors(logits, torch.int64, rows=rows)
+    _apply_penalties_(logits, prompt_mask, output_counts, repetition, presence, frequency, rows)
 
 
 def top_logprobs(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
