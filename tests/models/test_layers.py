@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from tlk.kernels._op import count_ops
 from tlk.models.config import NormConfig
 from tlk.models.layers import Embedding, LayerNorm, Linear, RMSNorm, norm
+from tlk.quant.format import Dense
 
 
 def fill(module):
@@ -63,5 +64,29 @@ def test_embedding_is_also_the_tied_head():
     torch.testing.assert_close(table.logits(x, before), before(x) @ table.weight.T)
 
 
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
+def test_a_gated_linear_fuses_its_norm(kind):
+    x, layer = torch.randn(3, 8), fill(Linear(8, 10, bias=True))
+    before = fill(norm(NormConfig(kind, 0.5, 1.0, bias=True), 8)) if kind else None
+    with count_ops() as counts:
+        y = layer.gated(x, before, "gelu")
+    gate, up = F.linear(x if before is None else before(x), layer.weight, layer.bias).chunk(2, -1)
+    torch.testing.assert_close(y, F.gelu(gate) * up)
+    assert {name.partition("[")[0] for name in counts} == (
+        {"layer_norm", "gated_linear"} if kind == "layer" else {"gated_linear"}
+    )
+
+
+def test_a_deterministic_head_is_independent_of_its_batch():
+    before = fill(RMSNorm(64, 1e-6))
+    format, x = Dense(deterministic=True), torch.randn(9, 64)
+    for head in (fill(Embedding(11, 64, format)).logits, fill(Linear(64, 11, format=format))):
+        whole = head(x, before)
+        assert all(torch.equal(head(x[i : i + 1], before)[0], whole[i]) for i in range(9))
+
+
 def test_linear_says_what_it_is():
-    assert repr(Linear(4, 6, split="out")) == "Linear(4, 6, format=Dense(), split='out')"
+    assert (
+        repr(Linear(4, 6, split="out"))
+        == "Linear(4, 6, format=Dense(deterministic=False), split='out')"
+    )

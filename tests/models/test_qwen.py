@@ -5,11 +5,11 @@ from tlk.errors import UnsupportedError
 from tlk.models import qwen
 
 LLAMA_OPS = {
-    "norm_linear": 2 * 2 + 1,
+    "norm_linear": 2 + 1,
     "rope_and_write_kv_": 2,
     "paged_attention": 2,
     "matmul": 2 * 2,
-    "silu_and_mul": 2,
+    "gated_linear": 2,
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 VARIANTS = {

@@ -28,7 +28,7 @@ IDS = [torch.arange(9) * 5 % 51, torch.tensor([50, 7])]
 STEPS = [[(0, 6)], [(0, 2), (1, 1)], [(0, 1), (1, 1)]]  # prefill; prefill beside decode; decode
 OPS = {"rope_and_write_kv_", "paged_attention", "matmul"}
 MORE = {"nemotron": {"layer_norm"}}
-GATED = {"norm_linear", "silu_and_mul"}
+GATED = {"norm_linear", "gated_linear"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

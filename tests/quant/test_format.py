@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tlk.kernels._op import count_ops
-from tlk.quant.format import DENSE, Norm, fuse, shard
+from tlk.quant.format import DENSE, Dense, Norm, fuse, shard
 
 
 def packed(n, k, groups=2):
@@ -76,3 +76,32 @@ def test_dense_linear_takes_a_norm(residual):
     expected = h @ weight.T + bias + (0 if residual is None else residual)
     torch.testing.assert_close(y, expected)
     assert counts.total() == 1
+
+
+@pytest.mark.parametrize("norm", [None, Norm(torch.randn(4), 0.5, 1.0)])
+def test_dense_gated_linear_is_one_kernel(norm):
+    x, weight, bias = torch.randn(3, 4) * 5, torch.randn(6, 4), torch.randn(6)
+    with count_ops() as counts:
+        y = DENSE.gated_linear(x, {"weight": weight}, activation="gelu", norm=norm, bias=bias)
+    h = x
+    if norm is not None:
+        h = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * (norm.weight + 1)
+    gate, up = (h @ weight.T + bias).chunk(2, -1)
+    torch.testing.assert_close(y, torch.nn.functional.gelu(gate) * up)
+    assert counts.total() == 1
+
+
+def test_a_deterministic_format_asks_for_invariant_kernels(device):
+    format = Dense(deterministic=True)
+    assert format.deterministic and not DENSE.deterministic
+    x, weight = torch.randn(3, 16, device=device), torch.randn(8, 16, device=device)
+    norm = Norm(torch.randn(16, device=device), 0.5, 1.0)
+    with count_ops() as counts:
+        format.linear(x, {"weight": weight})
+        format.linear(x, {"weight": weight}, norm=norm)
+        format.gated_linear(x, {"weight": weight}, activation="silu", norm=norm)
+    assert set(counts) == {
+        "matmul[invariant]",
+        "norm_linear[rms_norm+invariant]",
+        "gated_linear[rms_norm+invariant+silu_and_mul]",
+    }

@@ -1,8 +1,7 @@
 """The decoder of every family: what differs between them is in `DecoderConfig`.
 
-A layer is seven kernels: norm + qkv, rotation + cache write, attention, output + residual, norm +
-gate and up, activation · up, down + residual. Layer norms, which a matmul cannot absorb, and MLPs
-without a gate trade one for another; layer norms of q and k add two.
+A layer is six kernels: norm + qkv, rotation + cache write, attention, output + residual, norm + gate ·
+up, down + residual. Layer norms, which a matmul cannot absorb, are kernels of their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from tlk.models.config import (
 from tlk.models.layers import Embedding, Linear, norm
 from tlk.models.mlp import MLP, GatedMLP
 from tlk.models.rope import RotaryEmbedding
-from tlk.quant.format import DENSE, Format
+from tlk.quant.format import DENSE, Dense, Format
 
 ATTENTIONS = {AttentionConfig: Attention}
 MLPS: dict[type, Callable[..., GatedMLP | MLP]] = {GatedMLPConfig: GatedMLP, MLPConfig: MLP}
@@ -59,12 +58,19 @@ class Decoder(nn.Module):
 
     Tied embeddings are one parameter, `embedding.weight`; then there is no `lm_head`. Build it under
     `torch.device("meta")` to fill the parameters later. Call `prepare` before a forward.
+    `format` None is the dense one; `deterministic`: no row of the logits depends on the other sequences
+    of the batch, bit for bit. A format that is given says so itself.
     """
 
-    def __init__(self, config: DecoderConfig, format: Format = DENSE) -> None:
+    def __init__(
+        self, config: DecoderConfig, format: Format | None = None, *, deterministic: bool = False
+    ) -> None:
         super().__init__()
+        format = format or Dense(deterministic)
+        if deterministic and not format.deterministic:
+            raise ValueError(f"format must be deterministic as the decoder is to be, got {format}")
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, format)
         ropes: dict[RopeConfig | None, RotaryEmbedding] = {
             c: RotaryEmbedding(c) for c in _ropes(config)
         }
@@ -75,7 +81,9 @@ class Decoder(nn.Module):
         )
         self.final_norm = norm(config.final_norm, config.hidden_size)
         tied = config.tie_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = (
+            None if tied else Linear(config.hidden_size, config.vocab_size, format=format)
+        )
 
     def prepare(self, length: int) -> None:
         """Cover positions below `length`, the longest sequence of the coming forward.

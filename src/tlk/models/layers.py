@@ -8,7 +8,7 @@ from tlk import parallel
 from tlk.kernels.norm import layer_norm, rms_norm
 from tlk.models.config import NormConfig
 from tlk.parallel import Split
-from tlk.quant.format import DENSE, Format, Norm
+from tlk.quant.format import DENSE, Dense, Format, Norm, Packed
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
@@ -102,16 +102,30 @@ class Linear(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         """Multiply `x` [..., in_features]; `residual` [..., out_features] is added last."""
-        prologue = None
-        if norm is not None:
-            x, prologue = norm.before_linear(x)
-        packed = {name: getattr(self, name) for name in self.packed_names}
+        x, prologue = _before_linear(x, norm)
         if self.sums_ranks:
-            y = parallel.all_reduce(self.format.linear(x, packed, norm=prologue))
+            y = parallel.all_reduce(self.format.linear(x, self._packed(), norm=prologue))
             return self._finish(y, activation, residual)
         return self.format.linear(
-            x, packed, norm=prologue, bias=self.bias, activation=activation, residual=residual
+            x,
+            self._packed(),
+            norm=prologue,
+            bias=self.bias,
+            activation=activation,
+            residual=residual,
         )
+
+    def gated(self, x: Tensor, norm: RMSNorm | LayerNorm | None, activation: str) -> Tensor:
+        """act(gate(x)) · up(x) [..., out_features / 2], where the first half of the outputs is gate's."""
+        if self.sums_ranks:
+            raise ValueError("a gated product needs whole outputs: split='in' sums them over ranks")
+        x, prologue = _before_linear(x, norm)
+        return self.format.gated_linear(
+            x, self._packed(), activation=activation, norm=prologue, bias=self.bias
+        )
+
+    def _packed(self) -> Packed:
+        return {name: getattr(self, name) for name in self.packed_names}
 
     def _finish(self, y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         if activation is not None:
@@ -126,11 +140,20 @@ class Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, format={self.format}{split}"
 
 
-class Embedding(nn.Module):
-    """One row of `weight` [count, size] per token id; also the output head where it is tied."""
+def _before_linear(x: Tensor, norm: RMSNorm | LayerNorm | None) -> tuple[Tensor, Norm | None]:
+    return (x, None) if norm is None else norm.before_linear(x)
 
-    def __init__(self, count: int, size: int) -> None:
+
+class Embedding(nn.Module):
+    """One row of `weight` [count, size] per token id; also the output head where it is tied.
+
+    The table is stored as it is. `format` says how logits are computed where it is dense itself;
+    a head that shares its weight with the table is not quantized.
+    """
+
+    def __init__(self, count: int, size: int, format: Format = DENSE) -> None:
         super().__init__()
+        self.format = format if isinstance(format, Dense) else DENSE
         self.weight = parameter(torch.empty(count, size))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -140,4 +163,4 @@ class Embedding(nn.Module):
     def logits(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
         """norm(x) [R, size] times the transposed table: [R, count]."""
         x, prologue = norm.before_linear(x)
-        return DENSE.linear(x, {"weight": self.weight}, norm=prologue)
+        return self.format.linear(x, {"weight": self.weight}, norm=prologue)

@@ -1,39 +1,30 @@
 """The MLPs of a decoder layer: norm(x) goes in, the residual stream comes out."""
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor, nn
 
 from tlk.errors import UnsupportedError
-from tlk.kernels.activation import gelu_and_mul, silu_and_mul
-from tlk.models.config import Activation, GatedMLPConfig, MLPConfig
+from tlk.kernels.gated_linear import ACTIVATIONS
+from tlk.models.config import GatedMLPConfig, MLPConfig
 from tlk.models.layers import LayerNorm, Linear, RMSNorm
 from tlk.quant.format import DENSE, Format
 
-_AND_MUL: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": silu_and_mul,
-    "gelu": gelu_and_mul,
-    "gelu_tanh": partial(gelu_and_mul, approximate="tanh"),
-}
-
 
 class GatedMLP(nn.Module):
-    """x + down(act(gate(norm(x))) · up(norm(x))), gate and up in one matmul, gate's rows first."""
+    """x + down(act(gate(norm(x))) · up(norm(x))), gate and up in one weight, gate's rows first."""
 
     def __init__(self, config: GatedMLPConfig, hidden_size: int, format: Format = DENSE) -> None:
         super().__init__()
-        if config.activation not in _AND_MUL:
-            known = ", ".join(_AND_MUL)
+        if config.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
             raise UnsupportedError(f"activation {config.activation!r} of a gated MLP: not {known}")
-        self.act_and_mul = _AND_MUL[config.activation]
+        self.activation = config.activation
         bias, size = config.bias, config.size
         self.gate_up = Linear(hidden_size, 2 * size, bias=bias, format=format, split="out")
         self.down = Linear(size, hidden_size, bias=bias, format=format, split="in")
 
     def forward(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
         """`x` [T, hidden] plus the MLP of norm(x)."""
-        return self.down(self.act_and_mul(self.gate_up(x, norm)), residual=x)
+        return self.down(self.gate_up.gated(x, norm, self.activation), residual=x)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tlk.kernels.gated_linear import gated_linear
 from tlk.kernels.matmul import matmul
 from tlk.kernels.norm_linear import norm_linear
 
@@ -32,6 +33,11 @@ class Format(Protocol):
     @property
     def act(self) -> torch.dtype | None:
         """The dtype the kernel wants its activations in; None: the model's own."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no row of a result depends on the others or on their number, bit for bit."""
         ...
 
     def empty(
@@ -65,10 +71,27 @@ class Format(Protocol):
         """act(norm(x) [..., k] · weightᵀ + bias [n]) + residual [..., n], in as few kernels as it takes."""
         ...
 
+    def gated_linear(
+        self,
+        x: Tensor,
+        packed: Packed,
+        *,
+        activation: str,
+        norm: Norm | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """act(h · gateᵀ) · (h · upᵀ) [..., n / 2] of h = norm(x) and the halves [gate; up] of the weight."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """The weight as it is, in the model's own dtype."""
+    """The weight as it is, in the model's own dtype.
+
+    `deterministic` costs speed: the kernels are then the same for one row and for thousands.
+    """
+
+    deterministic: bool = False
 
     @property
     def act(self) -> torch.dtype | None:
@@ -99,9 +122,11 @@ class Dense:
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        weight = packed["weight"]
+        weight, backend = packed["weight"], self._backend
         if norm is None:
-            return matmul(x, weight, bias, activation=activation, residual=residual)
+            return matmul(
+                x, weight, bias, activation=activation, residual=residual, backend=backend
+            )  # fmt: skip
         y = norm_linear(
             x,
             norm.weight,
@@ -110,8 +135,34 @@ class Dense:
             eps=norm.eps,
             weight_offset=norm.weight_offset,
             activation=activation,
+            backend=backend,
         )
         return y if residual is None else y + residual
+
+    def gated_linear(
+        self,
+        x: Tensor,
+        packed: Packed,
+        *,
+        activation: str,
+        norm: Norm | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        weight, eps, weight_offset = norm or (None, 0.0, 0.0)
+        return gated_linear(
+            x,
+            packed["weight"],
+            bias,
+            activation=activation,
+            norm_weight=weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            backend=self._backend,
+        )
+
+    @property
+    def _backend(self) -> str | None:
+        return "invariant" if self.deterministic else None
 
 
 DENSE = Dense()
