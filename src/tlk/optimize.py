@@ -8,11 +8,18 @@ from torch import nn
 
 from tlk.errors import UnsupportedError
 from tlk.hf.execution import Execution, Optimized, optimized_class
+from tlk.hf.generate import Limits
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def optimize(model: M, *, strict: bool = False) -> M:
+def optimize(
+    model: M,
+    *,
+    strict: bool = False,
+    max_num_seqs: int | None = None,
+    max_model_len: int | None = None,
+) -> M:
     """Run `model`, a causal language model of transformers, on tlk's kernels; returns the same object.
 
     `model` keeps its class name, its parameters and their names; weights that one matmul reads become
@@ -20,22 +27,33 @@ def optimize(model: M, *, strict: bool = False) -> M:
     transformers' own code elsewhere: with a FallbackWarning the first time, and the reason in
     `report(model)`. In training mode the original forward runs.
 
-    strict: raise UnsupportedError, now or at a later call, where the original forward would run.
+    generate() decodes greedily and samples on tlk's runtime, whose pool of cache pages is allocated by
+    the first call, made anew by one that needs a larger one, and freed by `restore` or with the model.
 
-    Raises TypeError if `model` is no torch module. A model of an unknown family is returned as it came.
+    strict: raise UnsupportedError, now or at a later call, where the original forward would run.
+    max_num_seqs: sequences of one generate that run at once, the others wait; None: up to 256, and
+    memory for as many as there are. max_model_len: tokens of prompt and continuation that the pool
+    has room for from the start, for each of them; None: what the calls need.
+
+    Raises TypeError if `model` is no torch module, ValueError for a limit below 1. A model of an
+    unknown family is returned as it came.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    limits = Limits(max_num_seqs, max_model_len)
     if not isinstance(model, Optimized):
-        return _first_time(model, strict)
+        return _first_time(model, strict, limits)
     state = model._execution
+    if limits != state.limits:
+        state.limits = limits
+        state.free()
     state.strict, state.refused = strict, None
     _bind(model, state)
     return model
 
 
-def _first_time(model: M, strict: bool) -> M:
-    state = Execution(strict=strict)
+def _first_time(model: M, strict: bool, limits: Limits) -> M:
+    state = Execution(strict=strict, limits=limits)
     _bind(model, state)
     model.__dict__["_tlk"] = state
     if state.binding is not None:
@@ -71,7 +89,9 @@ class Report:
 
     ops: tlk's ops in one prefill and one decode forward, "name[what ran it]" to how often; what ran
     it is "triton", a library such as "cublas", or "reference" (plain PyTorch, on a CPU).
-    forwards, generates: how often each path ran so far. reasons: why transformers' own code ran.
+    forwards, generates: how often each path ran so far; of the runtime, its steps and its calls.
+    reasons: why transformers' own code ran. loops: why transformers' loop ran over tlk's forward and
+    not the runtime. runtime: counts of its engine and the bytes of its pool; empty without one.
     """
 
     model: str
@@ -83,6 +103,8 @@ class Report:
     forwards: dict[str, int] = field(default_factory=dict)
     generates: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    loops: dict[str, int] = field(default_factory=dict)
+    runtime: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries, for JSON."""
@@ -97,9 +119,15 @@ class Report:
             lines += [f"    {count:5d} × {name}" for name, count in sorted(ops.items())]
         for what, counts in (("forward", self.forwards), ("generate", self.generates)):
             lines += [f"  {what} calls on {path}: {n}" for path, n in sorted(counts.items())]
-        if self.reasons:
-            lines.append("  left to transformers:")
-            lines += [f"    {n} × {reason}" for reason, n in self.reasons.items()]
+        if self.runtime:
+            lines.append(f"  the runtime's pool: {self.runtime['kv_cache_bytes'] / 2**20:.1f} MiB")
+        for what, counts in (
+            ("left to transformers' loop over tlk's forward", self.loops),
+            ("left to transformers", self.reasons),
+        ):
+            if counts:
+                lines.append(f"  {what}:")
+                lines += [f"    {n} × {reason}" for reason, n in counts.items()]
         return "\n".join(lines)
 
 
@@ -125,6 +153,8 @@ def report(model: nn.Module) -> Report:
         forwards=dict(state.forwards),
         generates=dict(state.generates),
         reasons=dict(state.reasons),
+        loops=dict(state.loops),
+        runtime=state.runtime.stats() if state.runtime else {},
     )
 
 

@@ -21,13 +21,14 @@ def test_the_class_is_made_once_and_keeps_its_name():
 
 
 def test_decode_in_generate_examines_nothing(monkeypatch):
-    """The prefill reads its mask and positions back from the device, once; decode steps do not."""
+    """Of transformers' loop the prefill reads mask and positions back, once; decode steps do not."""
     model = optimize(tiny("llama"))
     seen = []
     examine = call._examine
     monkeypatch.setattr(call, "_examine", lambda *a: seen.append(a) or examine(*a))
     ids = torch.randint(1, 99, (2, 5))
-    model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    kwargs = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    model.generate(ids, return_dict_in_generate=True, **kwargs)
     assert len(seen) == 1
 
 

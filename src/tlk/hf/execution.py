@@ -1,5 +1,8 @@
 """How an optimized transformers model runs: tlk's decoder where it can, the original forward else.
 
+generate has three tiers: tlk's runtime (`generate.py`) in place of transformers' greedy and sampling
+loop, that loop or another of transformers over tlk's forward, and the original.
+
 `Optimized` is mixed into a subclass of the model's own class, under the same name. It keeps no
 module of its own on the model: `Execution` holds the decoder beside it, and is rebuilt whenever the
 model's weights turn out to have moved (after `.to()`, a deep copy, or unpickling).
@@ -8,6 +11,7 @@ model's weights turn out to have moved (after `.to()`, a deep copy, or unpicklin
 import warnings
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +23,16 @@ from tlk.errors import FallbackWarning, UnsupportedError
 from tlk.hf.binding import Binding, bind, unbind
 from tlk.hf.cache import PagedCache
 from tlk.hf.call import Call, Inexpressible, flatten
+from tlk.hf.generate import Limits, NeedsLoop, Runtime, Wanted, laid_out, plan
 from tlk.kernels._op import count_ops
 
-ORIGINAL, LOOP = "original", "transformers' loop over tlk's forward"  # the tiers of generate
+# the tiers of generate
+RUNTIME, LOOP, ORIGINAL = "tlk's runtime", "transformers' loop over tlk's forward", "original"
 # arguments of a forward call that change nothing for tlk, and those that only the loss looks at
-IGNORED = frozenset({"cache_position", "return_dict", "output_attentions", "output_hidden_states"})
+IGNORED = frozenset(
+    {"cache_position", "return_dict", "output_attentions", "output_hidden_states"}
+    | {"tokenizer", "assistant_tokenizer"}  # transformers' loop hands on what generate was given
+)
 NAMED = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
     | {"labels", "use_cache", "logits_to_keep"}
@@ -31,23 +40,34 @@ NAMED = frozenset(
 LOSS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
+@dataclass(slots=True)
+class Generation:
+    """One call of generate. cache: made for it, not given to it. asked: its loop came to `_sample`."""
+
+    tier: str
+    cache: PagedCache | None
+    asked: bool = False
+
+
 class Execution:
     """What tlk knows of one optimized model: its decoder, and what ran so far."""
 
-    def __init__(self, *, strict: bool = False) -> None:
-        self.strict = strict
-        self.original_only = False  # inside a generate that the original runs
+    def __init__(self, *, strict: bool = False, limits: Limits | None = None) -> None:
+        self.strict, self.limits = strict, limits or Limits()
+        self.generation: Generation | None = None  # the call of generate that runs
         self.binding: Binding | None = None
+        self.runtime: Runtime | None = None  # for as long as its binding is ours
         self.refused: str | None = None  # why the model as a whole cannot be bound
-        self.forwards: Counter[str] = Counter()  # "tlk" and "original"
+        self.forwards: Counter[str] = Counter()  # "tlk", "runtime" (its steps) and "original"
         self.generates: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()  # why the original forward ran
+        self.loops: Counter[str] = Counter()  # why transformers' loop ran, not the runtime
         self.ops: dict[str, Counter[str]] = {}  # of the first prefill and the first decode forward
 
     def bind(self, model: nn.Module) -> Binding:
         """The decoder on the current weights of `model`; raises UnsupportedError if it has none."""
         if self.binding is None or self.binding.stale():
-            self.binding, self.refused = None, None
+            self.unbind()
             try:
                 self.binding = bind(model)
             except UnsupportedError as error:
@@ -71,7 +91,44 @@ class Execution:
         """Undo the binding: every parameter has its own storage again."""
         if self.binding is not None:
             unbind(model, self.binding)
+        self.unbind()
+
+    def unbind(self) -> None:
+        """Forget the decoder, and free the engine that runs on it."""
+        self.free()
         self.binding, self.refused = None, None
+
+    def free(self) -> None:
+        """Free the engine; the next generate makes one."""
+        if self.runtime is not None:
+            self.runtime.close()
+        self.runtime = None
+
+    def generate(self, wanted: Wanted) -> Tensor:
+        """What transformers' loop would return, from the runtime; NeedsLoop if it cannot express it.
+
+        Raises what the engine raises: nothing falls back once it has begun.
+        """
+        binding, generation = self.binding, self.generation
+        cache = wanted.inputs.get("past_key_values")
+        if binding is None or generation is None:
+            raise NeedsLoop("the loop was called without generate")
+        if cache is None:
+            raise NeedsLoop("use_cache=False")
+        if cache is not generation.cache:
+            raise NeedsLoop("past_key_values is given")
+        made = plan(binding.decoder.config, self.limits, wanted)
+        if self.runtime is None:
+            self.runtime = Runtime(binding, self.limits)
+        if not self.runtime.busy.acquire(blocking=False):
+            raise NeedsLoop("another generate of this model is running")
+        try:
+            generation.tier = RUNTIME
+            tokens = self.runtime.generate(made)
+            self.forwards["runtime"] += self.runtime.steps
+        finally:
+            self.runtime.busy.release()
+        return laid_out(wanted, made, tokens)
 
     def note(self, reason: str) -> None:
         """Record that the original runs, and why; warn the first time, or raise if strict."""
@@ -134,7 +191,8 @@ class Optimized:
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
-        if not (self.training or state.original_only):
+        generation = state.generation
+        if not (self.training or (generation is not None and generation.tier == ORIGINAL)):
             try:
                 return _run(self, state, arguments)
             except Inexpressible as reason:
@@ -150,31 +208,58 @@ class Optimized:
         return self._tlk_base.forward(self, **arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' generate, with its loop over tlk's forward where that is possible."""
+        """As transformers' generate: on tlk's runtime, else its own loop over tlk's forward."""
         state = self._execution
         _check_not_empty(args, kwargs)
-        tier, cache = ORIGINAL, None
+        generation, given = Generation(ORIGINAL, None), kwargs.get("past_key_values")
         if not self.training:
             try:
                 cache = _cache_for_generate(self, state, args, kwargs)
-                tier = LOOP
+                generation = Generation(LOOP, cache if cache is not given else None)
+                if cache is not None:
+                    kwargs["past_key_values"], cache.trusted = cache, True
             except Inexpressible as reason:
                 state.note(str(reason))
-        state.generates[tier] += 1
-        outer, state.original_only = state.original_only, tier == ORIGINAL
-        if cache is not None:
-            kwargs["past_key_values"], cache.trusted = cache, True
+        outer, state.generation = state.generation, generation
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            out = super().generate(*args, **kwargs)  # type: ignore[misc]
+            if generation.tier == LOOP and not generation.asked:
+                state.loops[_decoding(self, args, kwargs)] += 1
+            return out
         finally:
-            state.original_only = outer
-            if cache is not None:
+            state.generation = outer
+            state.generates[generation.tier] += 1
+            if isinstance(cache := kwargs.get("past_key_values"), PagedCache):
                 cache.trusted = False
+
+    def _sample(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+        generation_config: Any, synced_gpus: bool = False, streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Where transformers' generate starts its greedy and sampling loop."""
+        state = self._execution
+        generation = state.generation
+        if generation is not None and generation.tier == LOOP:
+            generation.asked = True
+            wanted = Wanted(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+                streamer, model_kwargs,
+            )  # fmt: skip
+            try:
+                return _on_runtime(state, wanted)
+            except NeedsLoop as reason:
+                state.loops[str(reason)] += 1
+        return super()._sample(  # type: ignore[misc]
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+            streamer, **model_kwargs,
+        )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the weights, then bind again: moved views would be copies apart from each other."""
         state = self._execution
-        bound, state.binding = state.binding is not None, None
+        bound = state.binding is not None
+        state.unbind()
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         state.refused = None
         if bound:
@@ -186,13 +271,14 @@ class Optimized:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {k: v for k, v in self.__dict__.items() if k != "_tlk"}
-        return _rebuild, (self._tlk_pickles_as, self._execution.strict), state
+        own = self._execution
+        return _rebuild, (self._tlk_pickles_as, own.strict, own.limits), state
 
 
-def _rebuild(kind: Any, strict: bool) -> Any:
+def _rebuild(kind: Any, strict: bool, limits: Limits) -> Any:
     cls = optimized_class(kind)
     model = cls.__new__(cls)
-    model.__dict__["_tlk"] = Execution(strict=strict)
+    model.__dict__["_tlk"] = Execution(strict=strict, limits=limits)
     return model
 
 
@@ -209,6 +295,11 @@ def optimized_class(base: Any) -> Any:
     cls: Any = type(base.__name__, (Optimized, base), names)
     cls._tlk_base = cls._tlk_pickles_as = base
     return cls
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _on_runtime(state: Execution, wanted: Wanted) -> Tensor:
+    return state.generate(wanted)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -309,16 +400,30 @@ def _check_not_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             )
 
 
+def _option(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The option `name` of a call of generate, from wherever transformers takes it."""
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    config = config or model.generation_config
+    return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+
+def _decoding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The option that made transformers decode otherwise than greedily or by sampling."""
+    for name in ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "dola_layers"):
+        if _option(model, args, kwargs, name) is not None:
+            return name
+    beams = _option(model, args, kwargs, "num_beams")
+    return f"num_beams={beams}" if beams not in (None, 1) else "another decoding method"
+
+
 def _cache_for_generate(
     model: Any, state: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> PagedCache | None:
     """The cache under which transformers' loop runs over tlk's forward; None: as it would anyway."""
     binding = state.ready(model)
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = config or model.generation_config
 
     def option(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(config, name, None)
+        return _option(model, args, kwargs, name)
 
     given = kwargs.get("past_key_values")
     if given is not None and not isinstance(given, PagedCache):
