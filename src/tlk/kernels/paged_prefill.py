@@ -60,7 +60,7 @@ def _attend_boxes(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_seqs"])
+@triton.jit(do_not_specialize=["table_row", "n_rows", "n_seqs"])
 def _paged_prefill_kernel(
     q_ptr, k_boxes, v_boxes, table_ptr, lens_ptr, cu_ptr, out_ptr, q_row, q_head, k_page, k_head,
     v_page, v_head, table_row, n_rows, n_seqs, scale,
@@ -189,7 +189,7 @@ def launch_tma(
         v_cache.stride(0) // dv, v_cache.stride(1) // dv, page_table.stride(0), tokens, seqs,
         softmax_scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, PAGE=page_size, D=d, DV=dv, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_S=next_power_of_2(seqs + 1), num_warps=config.num_warps,
+        BLOCK_N=config.block_n, BLOCK_S=max(128, next_power_of_2(seqs + 1)), num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -202,7 +202,7 @@ def _zero_padding(
     gl.store(out_ptr + at[:, None] + dv[None, :], zero, mask=(token < n_rows)[:, None])
 
 
-@gluon.jit(do_not_specialize=["n_rows", "n_seqs"])
+@gluon.jit(do_not_specialize=["table_row", "n_rows", "n_seqs"])
 def _paged_prefill_sm90_kernel(
     q_ptr, k_boxes, v_boxes, table_ptr, lens_ptr, cu_ptr, out_ptr, q_row, q_head, k_page, k_head,
     v_page, v_head, table_row, n_rows, n_seqs, scale,
