@@ -1,4 +1,4 @@
-"""A model-based fuzzer of the scheduler and its pages: `python -m tests.runtime.fuzz --seed 7 --steps 100000`.
+"""A model-based fuzzer of the scheduler and its pages: `python -m tests.runtime.fuzz SEED STEPS`.
 
 A case is drawn from a seed: sizes of the pools, windows, a token budget, requests that share prefixes,
 aborts, steps that cannot be launched. The real scheduler runs it under an engine that reads tokens one
@@ -8,12 +8,11 @@ table says, that the pools account for every page, and that service is in order.
 reduced to a short one, and reported with its seed and its steps.
 """
 
-import argparse
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from hashlib import blake2b
 
 from tlk.errors import CapacityError
@@ -89,7 +88,7 @@ class Case:
             output.append(self.draw(number, index, len(arrival.prompt) + len(output)))
         return output
 
-    @cached_property
+    @property
     def patience(self) -> int:
         """Steps after which the oldest request must have had another turn."""
         longest = max((len(a.prompt) + a.limit for a in self.arrivals), default=0)
@@ -496,8 +495,4 @@ def fuzz(seed: int, steps: int, kind: type[Scheduler] = Scheduler) -> Counter[st
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10_000)
-    args = parser.parse_args()
-    print(dict(fuzz(args.seed, args.steps)))
+    print(dict(fuzz(*map(int, sys.argv[1:] or (0, 10_000)))))

@@ -478,9 +478,9 @@ def test_what_cannot_be_served_is_refused():
         (([4], [0, 0], 4, 1, 1, 1), r"one entry per cache group, got \[4\] and \[0, 0\]"),
         (([], [], 4, 1, 1, 1), "one entry per cache group"),
         (([4], [0], 0, 1, 1, 1), "page_size at least 1"),
-        (([4], [0], 4, 0, 1, 1), "max_num_seqs, .* must be at least 1, got 0, 1 and 1"),
-        (([4], [0], 4, 1, 0, 1), "must be at least 1, got 1, 0 and 1"),
-        (([4], [0], 4, 1, 1, 0), "must be at least 1, got 1, 1 and 0"),
+        (([4], [0], 4, 0, 1, 1), "max_num_seqs, .* must be positive, got 0"),
+        (([4], [0], 4, 1, 0, 1), "must be positive, got 0"),
+        (([4], [0], 4, 1, 1, -1), "must be positive, got -1"),
     ],
 )
 def test_bad_sizes(arguments, message):
@@ -492,7 +492,7 @@ def test_bad_sizes(arguments, message):
 
 
 def decode_seconds(waiting: int, steps: int = 40) -> float:
-    """Median of a step for 256 sequences that decode, with so many requests behind them."""
+    """Median CPU time of a step for 256 sequences that decode, with so many requests behind them."""
     engine = Engine(pages=(8192,), page_size=16, seqs=256, budget=8192)
     for i in range(256 + waiting):
         engine.add([1 + i] * (10 + i % 16), limit=100)
@@ -500,9 +500,9 @@ def decode_seconds(waiting: int, steps: int = 40) -> float:
         engine.launch()
     seconds = []
     for _ in range(steps):
-        start = time.perf_counter()
+        start = time.thread_time()
         step = engine.scheduler.schedule()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
         assert len(step.chunks) == 256
         engine.read()
         engine.flight = step
@@ -510,6 +510,6 @@ def decode_seconds(waiting: int, steps: int = 40) -> float:
 
 
 def test_a_step_takes_less_than_a_millisecond_whoever_waits():
-    """0.3 ms on a core of the build machine; the best of several runs, as others use the machine."""
+    """0.25 ms on a core of the build machine; the best of several runs, as caches are shared too."""
     idle, busy = (min(decode_seconds(waiting) for _ in range(4)) for waiting in (0, 4096))
     assert idle < 1e-3 and busy < 1e-3 and busy < 1.5 * idle
