@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.interpreter import interpret, late
 from tests.kernels.check import check
 from tests.kernels.launches import record_launches
 from tlk.kernels import activation
@@ -47,6 +48,15 @@ def gates_of_every_size(shape, device, dtype):
 def gated(x, function):
     gate, up = x.chunk(2, -1)
     return function(gate) * up
+
+
+@pytest.mark.parametrize("run", [silu_and_mul, gelu_and_mul, relu_squared])
+def test_what_earlier_kernels_wrote_is_read_after_the_wait(run):
+    x = torch.randn(3, 200)
+    expected = run(x)
+    with interpret(), late(x):
+        actual = run(x)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", GATED)

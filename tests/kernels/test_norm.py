@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.interpreter import interpret, late
 from tests.kernels.check import check
 from tests.kernels.launches import record_launches
 from tlk.kernels import norm
@@ -36,6 +37,15 @@ def plain(x, w, eps=EPS):
 
 def exact(x, w, eps=EPS, offset=0.0):
     return rms_norm_reference(x.float(), None if w is None else w.float(), eps, offset)
+
+
+@pytest.mark.parametrize("n", [100, LONG])
+def test_what_earlier_kernels_wrote_is_read_after_the_wait(n):
+    x, r, w = torch.randn(2, n), torch.randn(2, n), torch.randn(n)
+    with interpret(), late(x, r):
+        y, total = add_rms_norm(x, r, w, EPS)
+    torch.testing.assert_close(total, x + r)
+    check(y, plain(total, w), exact(total, w))
 
 
 def test_references_are_torch():

@@ -24,6 +24,7 @@ from tlk.kernels._check import FLOATS, check_dtype
 from tlk.kernels._device import sm_count
 from tlk.kernels._ints import cdiv
 from tlk.kernels._op import op
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels._rows import as_rows
 
 
@@ -54,8 +55,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _gated_kernel(
-    x_ptr, y_ptr, row_stride, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, row_stride, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (pid // blocks).to(tl.int64)
@@ -69,7 +73,9 @@ def _gated_kernel(
 
 
 @triton.jit
-def _relu_squared_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def _relu_squared_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    allow_next(PDL)
+    wait_for_previous(PDL)
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.maximum(tl.load(x_ptr + cols, cols < n, other=0.0).to(tl.float32), 0.0)
     tl.store(y_ptr + cols, (x * x).to(y_ptr.dtype.element_ty), cols < n)
@@ -89,9 +95,11 @@ def _gated(x: Tensor, activation: str) -> Tensor:
     if inner > 1:
         x, row_stride = x.contiguous(), 2 * width
     block, num_warps = default_config(y.numel(), sm_count(x.device))
+    dependent = pdl(x.device)
     _gated_kernel[(y.numel() // width * cdiv(width, block),)](
-        x, y, row_stride, WIDTH=width, ACTIVATION=activation, BLOCK=block, num_warps=num_warps
-    )
+        x, y, row_stride, WIDTH=width, ACTIVATION=activation, BLOCK=block, PDL=dependent,
+        num_warps=num_warps, launch_pdl=dependent,
+    )  # fmt: skip
     return y
 
 
@@ -110,9 +118,11 @@ def _relu_squared(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         block, num_warps = default_config(y.numel(), sm_count(x.device))
+        dependent = pdl(x.device)
         _relu_squared_kernel[(cdiv(y.numel(), block),)](
-            x.contiguous(), y, y.numel(), BLOCK=block, num_warps=num_warps
-        )
+            x.contiguous(), y, y.numel(), BLOCK=block, PDL=dependent,
+            num_warps=num_warps, launch_pdl=dependent,
+        )  # fmt: skip
     return y
 
 

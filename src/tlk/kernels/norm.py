@@ -10,6 +10,7 @@ LayerNorm is RMSNorm of the centred row, so one kernel does both. A row is read 
 registers while its statistics are taken (the mean first, then the variance around it: no
 cancellation), and is written once: 2·T·N·itemsize bytes, twice that with a residual. Short rows
 share a program; rows too long for the registers are read once per statistic, from the cache.
+Launched as a dependent (_pdl.py), a program has its weight before it waits for x.
 """
 
 import torch
@@ -26,6 +27,7 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels._rows import as_rows
 
 # Above this a row no longer fits in the registers of 16 warps.
@@ -87,34 +89,34 @@ def _load(x_ptr, x_offsets, residual_ptr, sum_offsets, mask):
     return x
 
 
-@triton.jit
-def _affine(y, weight_ptr, bias_ptr, weight_offset, cols, mask):
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32) + weight_offset
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-    return y
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     n_rows, inner, outer_stride, inner_stride, eps, weight_offset,
     N: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < n_rows)[:, None] & (cols < N)
     starts = _row_start(rows, inner, outer_stride, inner_stride)
     offsets = rows.to(tl.int64)[:, None] * N + cols
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + cols, cols < N, other=0.0)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + cols, cols < N, other=0.0)
+    wait_for_previous(PDL)
     x = _load(x_ptr, (starts * UNIT)[:, None] + cols, residual_ptr, offsets, mask)  # [ROWS, BLOCK]
     if sum_ptr is not None:
         tl.store(sum_ptr + offsets, x.to(sum_ptr.dtype.element_ty), mask)
     if CENTER:
         x = tl.where(mask, x - (tl.sum(x, 1) / N)[:, None], 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, 1) / N + eps)[:, None]
-    y = _affine(y, weight_ptr, bias_ptr, weight_offset, cols, cols < N)
+    if weight_ptr is not None:
+        y *= scale.to(tl.float32) + weight_offset
+    if bias_ptr is not None:
+        y += shift.to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -123,7 +125,10 @@ def _norm_loop_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     inner, outer_stride, inner_stride, eps, weight_offset,
     N: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
+    wait_for_previous(PDL)
     start = _row_start(tl.program_id(0), inner, outer_stride, inner_stride) * UNIT
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -145,7 +150,11 @@ def _norm_loop_kernel(
         x = _load(x_ptr, start + cols, residual_ptr, row * N + cols, cols < N)
         if sum_ptr is not None:
             tl.store(sum_ptr + row * N + cols, x.to(sum_ptr.dtype.element_ty), cols < N)
-        y = _affine((x - mean) * scale, weight_ptr, bias_ptr, weight_offset, cols, cols < N)
+        y = (x - mean) * scale
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + cols, cols < N, other=0.0).to(tl.float32) + weight_offset
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), cols < N)
 
 
@@ -173,14 +182,16 @@ def _launch(
     rows, block, num_warps = default_config(n, x.element_size())
     tensors = x, residual, weight, bias, y, total
     scalars = inner, outer_stride // unit, inner_stride // unit, eps, weight_offset
+    dependent = pdl(x.device)
     if n > LONGEST_IN_REGISTERS:
         _norm_loop_kernel[(n_rows,)](
-            *tensors, *scalars, N=n, UNIT=unit, CENTER=center, BLOCK=block, num_warps=num_warps
-        )
+            *tensors, *scalars, N=n, UNIT=unit, CENTER=center, BLOCK=block, PDL=dependent,
+            num_warps=num_warps, launch_pdl=dependent,
+        )  # fmt: skip
     else:
         _norm_kernel[(cdiv(n_rows, rows),)](
             *tensors, n_rows, *scalars, N=n, UNIT=unit, CENTER=center, ROWS=rows, BLOCK=block,
-            num_warps=num_warps,
+            PDL=dependent, num_warps=num_warps, launch_pdl=dependent,
         )  # fmt: skip
 
 
