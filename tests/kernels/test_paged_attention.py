@@ -191,6 +191,7 @@ def split(queries, lengths, capacity, device, dtype=torch.bfloat16, **options):
 def test_split_keys(queries, dtype, device):
     r = split([queries, 0, 1], [700, 0, 65], 4096, device, dtype, padding=2, window=600)
     verify(r, softcap=5.0, sinks=torch.randn(4, device=device))
+    verify(split([queries], [700], 4096, device, dtype, padding=1))  # fewer than there could be
 
 
 def test_the_kernels_ran_and_not_the_reference(device, monkeypatch):
