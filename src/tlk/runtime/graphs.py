@@ -9,7 +9,7 @@ kernels one by one. All graphs share one memory pool, because only one runs at a
 
 import gc
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Graphs:
         self._forward = forward
         self._shapes = sorted(shapes, key=lambda s: (s.max_q > 1, s.tokens, s.sequences))
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self.replays = 0
         self.dropped: list[Shape] = []
 

@@ -97,7 +97,7 @@ class Runner:
         self._owners: list[Sequence | None] = [None] * options.max_num_seqs
         self._decode: Any = decoder
         if options.compile:
-            self._decode = torch.compile(decoder, fullgraph=True, dynamic=False)
+            self._decode = torch.compile(decoder, fullgraph=True)
 
     def allocate(self, num_pages: Rows[int], max_model_len: int) -> None:
         """Pools of `num_pages` per group, and page tables for sequences of `max_model_len`."""
@@ -226,6 +226,12 @@ class Runner:
             rows = hidden[i.logit_rows[: shape.logit_rows]]
         return Outputs(hidden, self.decoder.logits(rows))
 
+    def idle(self) -> None:
+        """Stage a step of padding alone, in which graphs of any shape can be captured."""
+        for name, values in self.inputs.host.items():
+            values[:] = -1 if name == "rows" else 0
+        self.inputs.send(len(self.inputs.ids))
+
     @torch.inference_mode()
     def rehearse(self, max_model_len: int) -> None:
         """Run the largest step there can be, on garbage, and draw from as many rows as may run."""
@@ -234,9 +240,8 @@ class Runner:
         lengths = [min(max_model_len, tokens)] * max(tokens // max_model_len, 1)
         lengths = lengths[:seqs]
         n, total = len(lengths), sum(lengths)
-        for values in host.values():
-            values[:] = 0
-        host["rows"][n:] = -1
+        self.idle()
+        host["rows"][:n] = 0
         host["seq_lens"][:n] = lengths
         host["cu_seqlens_q"][1 : n + 1] = np.cumsum(lengths)
         host["cu_seqlens_q"][n + 1 :] = total

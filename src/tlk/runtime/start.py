@@ -63,6 +63,7 @@ def start(runner: Runner, *, progress: bool = False) -> Started:
     before, notices = used_bytes(device), [notice] if notice else []
     if runner.graphs is not None and not options.lazy_graphs:
         with _timed(timings, "capture", False):
+            runner.idle()
             _capture(runner.graphs, progress)
         notices += [_dropped(shape) for shape in runner.graphs.dropped]
     ledger = MemoryLedger(
@@ -100,6 +101,7 @@ def _measure(runner: Runner, wanted: int) -> tuple[int, int]:
     used = used_bytes(device)
     graphs = 0
     if runner.graphs is not None:
+        runner.idle()
         graphs = _graph_bytes(runner.graphs, device)
         runner.graphs.clear()
     spare = int(total * options.gpu_memory_utilization) - used - activations - graphs
