@@ -1,9 +1,15 @@
 """An engine that draws what a script says, a step late as the real one, and a tokenizer of letters."""
 
+import itertools
 from collections import Counter
 
+import torch
+
 from tlk.errors import CapacityError, EngineError
+from tlk.llm.inputs import Text
+from tlk.llm.requests import Requests
 from tlk.runtime.engine import Update
+from tlk.runtime.params import SamplingParams
 from tlk.runtime.request import Request, check_token_ids
 
 END = 0
@@ -129,3 +135,13 @@ class Letters:
 def writes(text):
     """A script that writes `text` and ends, whatever the prompt."""
     return lambda prompt, index, place: ord(text[place]) if place < len(text) else END
+
+
+def frontend(kind, script, text=None):
+    """An LLM or AsyncLLM over a fake engine that follows the script, or writes a text."""
+    llm = object.__new__(kind)
+    llm.engine = FakeEngine(writes(script) if isinstance(script, str) else script)
+    llm.default_params, llm.device = SamplingParams(), torch.device("cpu")
+    llm._text = Text(Letters()) if text is None else text
+    llm._requests, llm._numbers = Requests(llm.engine, llm._text), itertools.count()
+    return llm

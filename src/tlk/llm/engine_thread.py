@@ -50,7 +50,7 @@ class EngineThread:
         self.loop = loop
         self.ended: EngineError | None = None
         self._engine, self._requests, self._device, self._take = engine, requests, device, take
-        self._keys: dict[str, Hashable] = {}  # by id, what is in flight; only the thread uses it
+        self._keys: dict[str, Hashable] = {}  # by id, who waits; only the thread uses it
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Command] = []
         self._outbox: dict[Hashable, News] = {}
@@ -80,6 +80,7 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
+        fault: BaseException | None = None
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
@@ -87,18 +88,20 @@ class EngineThread:
                 self._turn(commands)
             self._requests.abort(list(self._keys))
             self._engine.close()
-        except EngineError:
-            pass  # _end hands it to everyone who waits
+        except EngineError as error:
+            fault = error
         finally:
-            self._end(sys.exception())
+            self._end(fault or sys.exception())
 
     def _next_commands(self) -> list[Command] | None:
         """What came in since; None at the end. Waits if there is nothing to compute."""
         with self._changed:
             while not (self._closing or self._inbox or self._busy()):
                 self._changed.wait()
+            if self._closing:
+                return None
             commands, self._inbox = self._inbox, []
-            return None if self._closing else commands
+            return commands
 
     def _busy(self) -> bool:
         return bool(self._keys) or self._engine.has_work
@@ -106,6 +109,7 @@ class EngineThread:
     def _turn(self, commands: list[Command]) -> None:
         """Obey the commands, make a step, and publish what came of both."""
         news: dict[Hashable, News] = {}
+        self._keys |= {c.id: c.key for c in commands if c.prepared is not None}
         for command in commands:
             if command.prepared is None:
                 for output in self._requests.abort([command.id]):
@@ -126,9 +130,7 @@ class EngineThread:
         except EngineError:
             raise
         except REFUSALS as error:
-            news[command.key] = error
-        else:
-            self._keys[command.id] = command.key
+            news[self._keys.pop(command.id)] = error
 
     def _publish(self, news: Mapping[Hashable, News]) -> None:
         with self._changed:
