@@ -71,17 +71,17 @@ def _store_outputs(
     tl.store(at, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _gemv_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, norm_ptr, y_ptr,
-    N, K, stride_w, eps, weight_offset,
+    steps, N, K, stride_w, eps, weight_offset,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One row of x in registers; BLOCK_N rows of W at a time, the next ones already on their way."""
     allow_next(PDL)
     k = tl.arange(0, BLOCK_K)
-    start = tl.program_id(0) * STEPS * BLOCK_N
+    start = tl.program_id(0) * steps * BLOCK_N
     end = N * (1 + GATED)
     w_ptrs = w_ptr + k[None, :]
     in_k = (k < K)[None, :]
@@ -93,9 +93,9 @@ def _gemv_kernel(
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
         x *= scale
-    for step in range(STEPS):
+    for step in range(steps):
         first = start + step * BLOCK_N
-        there = (step + 1 < STEPS) & (first + BLOCK_N < end)
+        there = (step + 1 < steps) & (first + BLOCK_N < end)
         mask = there & in_k
         w_next = _load_rows(w_ptrs, first + BLOCK_N, N, stride_w, mask, GATED, False, BLOCK_N)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
@@ -274,9 +274,9 @@ def launch(
     if residual is not None:
         residual = residual.reshape(m, n)
         stride_residual = residual.stride(0)
-    kernel, meta = config["kernel"], config["meta"]
+    kernel, meta = config["kernel"], dict(config["meta"])
     if kernel == "gemv":
-        meta = {**meta, "BLOCK_K": next_power_of_2(k)}
+        meta["BLOCK_K"] = next_power_of_2(k)
     tiles_n = cdiv(weight.shape[0], meta["BLOCK_N"])
     even_k = k % meta["BLOCK_K"] == 0
     strides = x.stride(0), weight.stride(0), stride_residual
@@ -291,8 +291,9 @@ def launch(
     dependent = pdl(x.device)
     flags: tuple[Any, ...] = activation, gated, dependent, even_k
     if kernel == "gemv":
-        _gemv_kernel[(cdiv(tiles_n, meta["STEPS"]),)](
-            *tensors, n, k, weight.stride(0), eps, weight_offset, *flags, **meta,
+        steps = meta.pop("STEPS")
+        _gemv_kernel[(cdiv(tiles_n, steps),)](
+            *tensors, steps, n, k, weight.stride(0), eps, weight_offset, *flags, **meta,
             launch_pdl=dependent,
         )  # fmt: skip
         return
