@@ -140,13 +140,13 @@ def backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_q: int) -> str | No
     smaller tiles, which split the keys.
     """
     heads, (kv_heads, page_size) = q.shape[1], k_cache.shape[1:3]
-    group, dims = heads // kv_heads, {q.shape[2], v_cache.shape[3]}
-    arch = sm(q.device)
+    if max_q * heads < BLOCK_M * kv_heads:  # first, as decode steps come most often
+        return None
+    group, arch = heads // kv_heads, sm(q.device)
     if (
         arch not in (90, 100)  # on sm_120 tiles of 64 × 128 spill
-        or max_q * group < BLOCK_M
         or q.element_size() != 2
-        or not dims <= HEAD_DIMS
+        or not {q.shape[2], v_cache.shape[3]} <= HEAD_DIMS
         or 2 * cdiv(q.shape[0] * group, BLOCK_M) * kv_heads <= sm_count(q.device)
         or not (_in_boxes(k_cache) and _in_boxes(v_cache))
     ):
