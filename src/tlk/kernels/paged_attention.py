@@ -387,6 +387,11 @@ def _launch(
         parts.combine(out, cu_seqlens_q)
 
 
+def preferred_page_size(device: torch.device) -> int:
+    """Tokens of a page: 64 where prefills copy whole pages into shared memory, else 16."""
+    return 64 if device.type == "cuda" and sm(device) == 90 else 16
+
+
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, *, softmax_scale: float | None = None, window: int = 0,

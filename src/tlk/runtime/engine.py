@@ -66,7 +66,7 @@ class Engine:
         self._scheduler = Scheduler(
             started.pages,
             [group.window for group in groups],
-            page_size=self.options.page_size,
+            page_size=self._runner.page_size,
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.options.max_num_batched_tokens,
             max_model_len=self.max_model_len,

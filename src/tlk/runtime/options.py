@@ -18,7 +18,8 @@ class EngineOptions:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step.
     gpu_memory_utilization: the share of the GPU's memory that weights, graphs, activations and cache
     may take together. kv_cache_memory: bytes of the cache instead; None: what is left of that share,
-    or 1 GiB on a CPU. kv_cache_dtype "auto": the model's own.
+    or 1 GiB on a CPU. kv_cache_dtype "auto": the model's own. page_size: tokens of a page; None: what
+    the attention kernels are fastest with on the device.
     enforce_eager: no CUDA graphs. compile: torch.compile(fullgraph=True) of the decoder, inside the
     graphs. lazy_graphs: capture a batch size when it first comes instead of all at the start.
     deterministic: logits do not depend on the other sequences of a step, bit for bit.
@@ -33,7 +34,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
-    page_size: int = 16
+    page_size: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile: bool = False
@@ -42,9 +43,9 @@ class EngineOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check_whole(name, getattr(self, name))
-        for name in ("max_model_len", "kv_cache_memory"):
+        for name in ("max_model_len", "kv_cache_memory", "page_size"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

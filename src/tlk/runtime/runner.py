@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlk.kernels.paged_attention import preferred_page_size
 from tlk.kernels.sampling import top_logprobs
 from tlk.kernels.step import expand_step
 from tlk.models.batch import Batch, KVCache, PagedKV, group_specs
@@ -88,7 +89,8 @@ class Runner:
     def __init__(self, decoder: Decoder, options: EngineOptions) -> None:
         weight = decoder.embedding.weight
         self.decoder, self.options, self.device = decoder, options, weight.device
-        self.specs = tuple(decoder.cache_specs(options.kv_dtype(weight.dtype), options.page_size))
+        self.page_size = options.page_size or preferred_page_size(self.device)
+        self.specs = tuple(decoder.cache_specs(options.kv_dtype(weight.dtype), self.page_size))
         self.groups: list[PagedKV] = group_specs(self.specs)[0]
         self.inputs = Inputs(options.max_num_seqs, options.max_num_batched_tokens, self.device)
         self.sampler = Sampler(decoder.config.vocab_size, options.max_num_seqs, self.device)
@@ -102,9 +104,8 @@ class Runner:
     def allocate(self, num_pages: Rows[int], max_model_len: int) -> None:
         """Pools of `num_pages` per group, and page tables for sequences of `max_model_len`."""
         options = self.options
-        page = self.groups[0].page_size
         self.cache = KVCache.allocate(self.specs, num_pages, self.device)
-        self.max_pages = -(-max_model_len // page)
+        self.max_pages = -(-max_model_len // self.page_size)
         with torch.inference_mode(False):
             self.tables = [
                 torch.zeros(
@@ -210,7 +211,7 @@ class Runner:
         tables = tuple(x[:s] for x in e.tables)
         expand_step(
             i.ids[:t], i.cu_seqlens_q[: s + 1], i.seq_lens[:s], i.rows[:s], self.sampler.tokens,
-            self.tables, self.groups[0].page_size, e.ids[:t], e.positions[:t], slots, tables,
+            self.tables, self.page_size, e.ids[:t], e.positions[:t], slots, tables,
         )  # fmt: skip
         batch = Batch(
             positions=e.positions[:t],

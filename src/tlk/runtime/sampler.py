@@ -123,12 +123,13 @@ class Sampler:
         return Drawn(tokens, logprobs)
 
     def rehearse(self, logits: Tensor, inputs: Inputs) -> None:
-        """Take the memory that drawing from rows `logits` [R, vocab] takes."""
+        """Compile what draws from rows `logits` [R, vocab], and take the memory that it takes."""
         n = len(logits)
-        sample(
-            logits.to(torch.float32, copy=True), inputs.temperature[:n], inputs.top_k[:n],
-            inputs.top_p[:n], inputs.min_p[:n], inputs.seeds[:n], inputs.offsets[:n],
-        )  # fmt: skip
+        for rows in (logits, logits.to(torch.float32, copy=True)):
+            sample(
+                rows, inputs.temperature[:n], inputs.top_k[:n], inputs.top_p[:n],
+                inputs.min_p[:n], inputs.seeds[:n], inputs.offsets[:n],
+            )  # fmt: skip
         logits.argmax(-1)
 
     def _keep_allowed(self, logits: Tensor, drawn: Rows[Chunk], which: list[int]) -> None:
