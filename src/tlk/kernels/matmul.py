@@ -107,23 +107,18 @@ def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int
         return {"backend": "triton", "kernel": "gemv", "meta": _gemv_meta(processors, size, n, k)}
     if arch < 80 or dtype == torch.float32 or m == 1:
         block_m = min(next_power_of_2(max(m, 1)), 8)
-        # 4 warps of 16-byte loads cover BLOCK_K, so that lanes meet only in the last reduction
+        # 16-byte loads of 4 or 2 warps cover BLOCK_K, so that lanes meet only in the last reduction
         meta = {
             "BLOCK_M": block_m,
-            "BLOCK_N": {1: 4, 2: 4, 4: 2, 8: 2}[block_m],
-            "BLOCK_K": (2048 if block_m < 8 else 1024) // size,
+            "BLOCK_N": 4 if block_m < 4 else 2,
+            "BLOCK_K": (2048 if block_m < 4 else 1024) // size,
         }
         return {"backend": "triton", "kernel": "fma", "meta": {**meta, "num_warps": 4}}
     # the tallest tile of W of which there are enough; a warp multiplies 16 of its rows
     block_n = next((b for b in (64, 32) if cdiv(n, b) >= 0.9 * processors), 16)
-    meta = {
-        "BLOCK_M": 8 if m <= 8 else 16,
-        "BLOCK_N": block_n,
-        "BLOCK_K": 128 if block_n == 64 else 256,
-        "PREFETCH": 256,
-        "num_warps": block_n // 16,
-        "num_stages": 6 if block_n == 16 else 4,
-    }
+    block_m = 8 if m <= 8 else 16
+    meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "PREFETCH": 256}
+    meta |= {"num_warps": block_n // 16, "num_stages": 96 * 1024 // ((block_n + 16) * 128 * 2)}
     return {"backend": "triton", "kernel": "dot", "meta": meta}
 
 
