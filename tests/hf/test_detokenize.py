@@ -166,6 +166,8 @@ def test_the_output_may_finish_the_prompts_character(maker):
     (letter,) = tokenizer.convert_tokens_to_ids(["b"])
     assert pieces(Detokenizer(tokenizer, start), [[last, letter]]) == ["👩b", ""]
     assert pieces(Detokenizer(tokenizer, start), [[letter], [letter]]) == ["b", "b", ""]
+    broken = pieces(Detokenizer(tokenizer, start), [[letter], [last, letter]])
+    assert broken == ["b", f"{UNKNOWN}b", ""]
     assert pieces(Detokenizer(tokenizer, start), []) == [""]
 
 
@@ -180,6 +182,13 @@ def test_a_words_space_depends_on_what_precedes():
         assert "".join(pieces(Detokenizer(tokenizer, []), [[space], [the]])) == " the"
 
 
+def test_a_token_that_only_looks_like_a_byte():
+    tokenizer = metaspace(fallback=False)
+    letter = tokenizer.convert_tokens_to_ids("<0x41>")
+    assert pieces(Detokenizer(tokenizer, []), [[letter]]) == ["<0x41>", ""]
+    assert pieces(Detokenizer(metaspace(), []), [[letter]]) == ["A", ""]
+
+
 def test_special_tokens():
     tokenizer = byte_level()
     end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
@@ -188,6 +197,18 @@ def test_special_tokens():
     assert "".join(pieces(Detokenizer(tokenizer, [a]), ids)) == "aa"
     shown = "".join(pieces(Detokenizer(tokenizer, [a], skip_special_tokens=False), ids))
     assert shown == f"<|endoftext|>a{'<|end|>' * 40}a<|endoftext|>"
+
+
+def test_special_tokens_do_not_break_a_character():
+    tokenizer = metaspace()
+    first, *rest = tokenizer("€", add_special_tokens=False)["input_ids"][-3:]
+    the, s = tokenizer.convert_tokens_to_ids(["▁the", "<s>"])
+    for many in (1, 20):
+        chunks = [[first], [s] * many, [rest[0]], [s] * many, [rest[1]], [the]]
+        assert pieces(Detokenizer(tokenizer, [the]), chunks) == [*[""] * 4, "€", " the", ""]
+        broken = [[first], [s] * many, [the] * many]
+        expected = ["", "", UNKNOWN + " the" * many, ""]
+        assert pieces(Detokenizer(tokenizer, [the]), broken) == expected
 
 
 def test_ids_beyond_the_tokenizer_have_no_text():
@@ -296,10 +317,18 @@ def test_cost_per_token_does_not_grow(tokenizer, kind):
     assert counted.decoded < 14 * 1000
 
 
+def test_many_tokens_at_once_are_decoded_once():
+    counted = Counted(byte_level())
+    ids = counted.tokenizer(TEXT * 20, verbose=False)["input_ids"]
+    detokenizer = Detokenizer(counted, ids[:9])
+    assert detokenizer.push(ids) == counted.tokenizer.decode(ids)
+    assert counted.decoded < len(ids) + 30
+
+
 @pytest.mark.parametrize("stop", [(), ("\n\n\n\n", "class Stack")])
 def test_cost_in_microseconds(stop):
     tokenizer = byte_level()
-    ids = tokenizer(TEXT * 20)["input_ids"]
+    ids = tokenizer(TEXT * 20, verbose=False)["input_ids"]
     times = []
     for _ in range(5):
         detokenizer = Detokenizer(tokenizer, ids[:9], stop=stop)

@@ -275,6 +275,8 @@ def test_random_weights_keep_a_plausible_scale(model_type, tmp_path):
     other = random_decoder(config, dtype="float32", seed=1).decoder
     for (name, a), b in zip(loaded.decoder.named_parameters(), other.parameters(), strict=True):
         assert a.isfinite().all() and not torch.equal(a, b), name
+    norm = loaded.decoder.final_norm
+    assert abs(norm.weight.mean() + norm.weight_offset - 1) < 0.1
     ids = zoo.random_ids(zoo.tiny(model_type))
     logits = torch.cat(zoo.paged_logits(loaded.decoder, ids, STEPS))
     assert 0.1 < logits.std() < 10
