@@ -2,6 +2,7 @@ import asyncio
 import gc
 import random
 import threading
+from itertools import pairwise
 
 import pytest
 
@@ -22,10 +23,7 @@ def run(body, *arguments):
 
 
 async def last(stream):
-    output = None
-    async for output in stream:
-        pass
-    return output
+    return [output async for output in stream][-1]
 
 
 def test_outputs_grow_to_what_llm_gives():
@@ -36,7 +34,7 @@ def test_outputs_grow_to_what_llm_gives():
         async with make(AsyncLLM) as llm:
             seen = [output async for output in llm.generate("def fibonacci(", GREEDY, "mine")]
         texts = [o.outputs[0].text for o in seen]
-        assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
+        assert all(later.startswith(text) for text, later in pairwise(texts))
         assert [o.finished for o in seen] == [False] * (len(seen) - 1) + [True]
         assert {o.request_id for o in seen} == {"mine"}
         assert seen[-1].outputs == expected.outputs

@@ -203,7 +203,7 @@ def test_ids_in_and_out_without_a_tokenizer():
         assert output.outputs[0].text == "" and output.outputs[0].token_ids
         with pytest.raises(UnsupportedError, match="pass tokenizer="):
             llm.generate("text")
-        with pytest.raises(UnsupportedError, match="get_tokenizer.* needs a tokenizer"):
+        with pytest.raises(UnsupportedError, match=r"get_tokenizer.* needs a tokenizer"):
             llm.get_tokenizer()
 
 

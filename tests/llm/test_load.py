@@ -43,7 +43,7 @@ def test_a_model_object_shares_its_weights(optimized):
 def test_a_model_object_from_nowhere_has_no_tokenizer():
     loaded = load(tiny("llama"), "auto", "cpu", None)
     with pytest.raises(
-        UnsupportedError, match="text needs a tokenizer: the model object .* tokenizer="
+        UnsupportedError, match=r"text needs a tokenizer: the model object .* tokenizer="
     ):
         loaded.text.needed("text")
 
