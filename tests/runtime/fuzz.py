@@ -215,8 +215,7 @@ class Device:
 
     def _sample(self, sequence: Sequence) -> tuple[Sequence, int]:
         prefixes = self.prefixes[sequence]
-        number = int(sequence.request.id)
-        token = self.case.draw(number, sequence.index, len(prefixes))
+        token = self.case.draw(int(sequence.request.id), sequence.index, len(prefixes))
         prefixes.append(self._number(prefixes[-1], token))
         return sequence, token
 
@@ -260,7 +259,9 @@ class Run:
 
     def step(self) -> None:
         """What the engine does between two launches."""
-        self._arrive_and_abort()
+        while self.arrivals and self.arrivals[0][1].at <= self.now:
+            self._add(*self.arrivals.pop(0))
+        self._abort(late=False)
         before = [s for s in self._sequences() if s.row >= 0]
         step = self.scheduler.schedule()
         reads: Reads = []
@@ -275,19 +276,19 @@ class Run:
             else:
                 reads = self.device.launch(step)
                 self._check_tables()
+        self._abort(late=True)
         self._read()
         self.flight = reads
         self._check_pools()
         self._check_turn(step)
         self.now += 1
 
-    def _arrive_and_abort(self) -> None:
-        while self.arrivals and self.arrivals[0][1].at <= self.now:
-            number, arrival = self.arrivals.pop(0)
-            self._add(number, arrival)
+    def _abort(self, late: bool) -> None:
+        """Abort what is due; every other request late, when a step is launched and none read."""
         for number, request in list(self.requests.items()):
             arrival = self.case.arrivals[number]
-            if arrival.abort is not None and arrival.at + arrival.abort <= self.now:
+            due = arrival.abort is not None and arrival.at + arrival.abort <= self.now
+            if due and late == number % 2:
                 self.counts["aborts"] += 1
                 demand(self.scheduler.abort(request.id), "an unfinished request can be aborted")
                 self._ended(request, "abort")
@@ -355,11 +356,11 @@ class Run:
         demand(len(set(rows)) == len(rows), "a row has one sequence", rows)
         for chunk in chunks:
             s, length = chunk.sequence, len(self.device.prefixes[chunk.sequence])
-            demand(not s.finished and s.row >= 0, f"{name(s)} runs")
-            demand(chunk.count > 0, "a chunk has tokens")
+            demand(not s.finished and s.row >= 0 < chunk.count, f"{name(s)} runs")
             demand(chunk.start + chunk.count == s.computed <= length, "a chunk ends where it says")
             demand(chunk.samples == (s.computed == length), "a chunk samples at the end")
             demand(s.drawn <= s.request.limit, f"{name(s)} draws no more than it may", s.drawn)
+            demand(s in before or s.pending == chunk.samples, f"{name(s)} starts from known tokens")
             number = int(s.request.id)
             skipped = self.requests.keys() - self.begun
             demand(

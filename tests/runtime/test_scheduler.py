@@ -6,64 +6,11 @@ from itertools import count
 
 import pytest
 
+from tests.runtime.loop import Engine, chunks
 from tlk.errors import CapacityError
 from tlk.runtime.params import SamplingParams
-from tlk.runtime.request import Request, Step
+from tlk.runtime.request import Request
 from tlk.runtime.scheduler import Scheduler
-
-
-class Engine:
-    """A scheduler and the loop around it: tokens 1, 2, 3, … are read a step after they were drawn."""
-
-    def __init__(
-        self, pages=(64,), windows=(0,), page_size=4, seqs=4, budget=64, context=200, **options
-    ):
-        self.scheduler = Scheduler(pages, windows, page_size, seqs, budget, context, **options)
-        self.flight: Step | None = None
-        self.tokens = count(1)
-        self.names = count()
-
-    def add(self, length: int | list[int], limit=8, n=1, end=-1, **fields) -> Request:
-        name = f"r{next(self.names)}"
-        prompt = length if isinstance(length, list) else [100 + i for i in range(length)]
-        params = SamplingParams(n=n, prompt_logprobs=fields.pop("prompt_logprobs", None))
-        groups = len(self.scheduler.groups)
-        request = Request(name, prompt, params, limit, frozenset({end}), groups=groups, **fields)
-        self.scheduler.add(request)
-        return request
-
-    def launch(self) -> Step | None:
-        """Schedule and launch a step; read the tokens of the one before."""
-        step = self.scheduler.schedule()
-        self.read()
-        self.flight = step
-        return step
-
-    def read(self, token: int | None = None) -> None:
-        chunks = self.flight.chunks if self.flight else []
-        self.flight = None
-        for chunk in chunks:
-            if chunk.samples and not chunk.sequence.finished:
-                chunk.sequence.append(next(self.tokens) if token is None else token)
-                if chunk.sequence.finished:
-                    self.scheduler.finish(chunk.sequence)
-
-    def finish(self) -> list[Step]:
-        """Every step until nothing is left."""
-        steps = []
-        while self.scheduler.has_work():
-            if step := self.launch():
-                steps.append(step)
-        return steps
-
-
-def chunks(step: Step | None) -> list[tuple[str, int, int]]:
-    """(sequence, start, stop) of a step's chunks."""
-    assert step is not None
-    return [
-        (f"{c.sequence.request.id}.{c.sequence.index}", c.start, c.start + c.count)
-        for c in step.chunks
-    ]
 
 
 def test_a_request_alone():
@@ -285,20 +232,35 @@ def test_a_preempted_sequence_finds_its_own_pages():
     assert starts[resumed] in (4, 8)
 
 
-def test_preemption_hundreds_of_times_loses_nothing():
-    engine = Engine(pages=(9,), page_size=2, seqs=5, budget=7)
-    requests = [engine.add([i] * (1 + i % 5), limit=12) for i in range(60)]
+def test_a_preempted_sequence_is_not_resumed_while_its_token_is_on_the_device():
+    engine = Engine(pages=(4,), enable_prefix_caching=False)
+    old, young = engine.add(4, limit=9), engine.add(3, limit=6)
+    while not engine.scheduler.preemptions:
+        engine.read()
+        engine.flight = engine.scheduler.schedule()
+    young.sequences[0].output.pop()
+    young.sequences[0].pending += 1  # as if its last token was not read yet
+    engine.scheduler.abort(old.id)
+    assert engine.scheduler.schedule() is None and young.sequences[0].row == -1
+    young.sequences[0].append(1)
+    assert chunks(engine.scheduler.schedule())[0][0] == "r1.0"
+
+
+def test_what_a_preempted_sequence_computes_again_is_published_again():
+    engine = Engine(pages=(6,))
+    engine.add([1] * 8, limit=16), engine.add([2] * 7, limit=6)  # the first needs all pages
     engine.finish()
-    assert engine.scheduler.preemptions > 30
-    assert all(len(r.sequences[0].output) == 12 for r in requests)
-    assert engine.scheduler.pages_used == [0] and engine.scheduler.running == 0
+    assert engine.scheduler.preemptions == 1
+    engine.add([2] * 7)
+    assert chunks(engine.launch()) == [("r2.0", 4, 7)]
 
 
 # Several continuations
 
 
-def test_continuations_share_the_prompt_and_copy_what_they_write_to():
-    engine = Engine()
+@pytest.mark.parametrize("caching", [True, False])
+def test_continuations_share_the_prompt_and_copy_what_they_write_to(caching):
+    engine = Engine(enable_prefix_caching=caching)
     request = engine.add(6, n=3)
     assert chunks(engine.launch()) == [("r0.0", 0, 6)]
     assert engine.scheduler.pages_used == [2] and engine.scheduler.waiting == 2
@@ -401,17 +363,14 @@ def test_abort_at_any_time(n, steps):
     assert engine.scheduler.pages_used == [0] and engine.scheduler.waiting == 0
 
 
-def test_abort_of_the_unknown():
-    assert not Engine().scheduler.abort("nobody")
-
-
 def test_what_is_aborted_unserved_holds_up_nobody():
     engine = Engine(seqs=1)
     engine.add(2, limit=2)
     waiting = [engine.add(2) for _ in range(3)]
     engine.launch()
     for request in waiting[:2]:
-        engine.scheduler.abort(request.id)
+        assert engine.scheduler.abort(request.id)
+    assert not engine.scheduler.abort("nobody")
     assert engine.scheduler.waiting == 1
     assert {name for step in engine.finish() for name, *_ in chunks(step)} == {"r0.0", "r3.0"}
 
