@@ -30,6 +30,7 @@ def engine(**options) -> Engine:
         "max_num_batched_tokens": 64,
         "max_model_len": 128,
         "kv_cache_memory": 1 << 24,
+        "page_size": 16,
     }
     return Engine(decoder(), EngineOptions(**(small | options)), eos=EOS)
 
