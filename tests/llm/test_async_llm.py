@@ -2,6 +2,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -16,9 +17,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 def run(body, *arguments):
-    before = set(threading.enumerate())
     result = asyncio.run(asyncio.wait_for(body(*arguments), 100))
-    assert set(threading.enumerate()) == before
+    assert "tlk-engine" not in {thread.name for thread in threading.enumerate()}
     return result
 
 
@@ -144,7 +144,7 @@ def test_a_failed_request_raises_in_its_own_iterator():
 
 def test_the_end_of_the_engine_ends_all_iterators():
     async def body():
-        llm = frontend(AsyncLLM, "hello" * 10)
+        llm = frontend(AsyncLLM, lambda *_: time.sleep(0.005) or 97)
         cause = RuntimeError("fault")
 
         async def until_dead():
@@ -163,7 +163,7 @@ def test_the_end_of_the_engine_ends_all_iterators():
 
 def test_close_ends_open_iterators():
     async def body():
-        llm = frontend(AsyncLLM, lambda *_: 97)
+        llm = frontend(AsyncLLM, lambda *_: time.sleep(0.005) or 97)
         task = asyncio.ensure_future(last(llm.generate("a", Params(max_tokens=None))))
         while not llm.engine.calls["step"]:
             await asyncio.sleep(0)
@@ -172,8 +172,8 @@ def test_close_ends_open_iterators():
         assert llm.engine.closed
         with pytest.raises(EngineError, match="closed"):
             await last(llm.generate("a"))
-        ended = await asyncio.gather(task, return_exceptions=True)
-        assert getattr(ended[0], "finished", True)
+        with pytest.raises(EngineError, match="the engine was closed"):
+            await task
 
     run(body)
 
