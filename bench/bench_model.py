@@ -10,98 +10,26 @@ a 4096³ matmul for prefill. Appends one line of JSON to --out.
 
 import argparse
 import json
-import statistics
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tlk
+from tlk.bench.ceilings import ceilings, machine, seconds
+from tlk.bench.peers import random_model
+from tlk.bench.shapes import SHAPES
 
-SHAPES = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "tiny": {
-        "vocab_size": 1024,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 8192,
-    },
-}
-
-
-def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Median, least and most seconds of `run`, the device waited for."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes/s of a copy of 4 GiB (read + written), and FLOP/s of a bf16 matmul."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    copy = seconds(lambda: target.copy_(source), 10)["median"]
-    a, b = (torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-
-    def products() -> None:
-        for _ in range(20):
-            a @ b
-
-    matmul = seconds(products, 5)["median"] / 20
-    return {"copy_bytes_per_s": 2 * source.nbytes / copy, "matmul_flops": 2 * 4096**3 / matmul}
-
-
-def build(shape: str) -> LlamaForCausalLM:
-    """A model with random bf16 weights on the GPU."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config.dtype = torch.bfloat16
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    model.generation_config.pad_token_id = 0
-    return model
+DEVICE = torch.device("cuda")
 
 
 @torch.no_grad()
 def prefill(model: Any, tokens: int) -> dict[str, float]:
     """One forward over `tokens` tokens, logits of the last."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")
-    return seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), 7, warmup=2)
+    return seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), 7, DEVICE, warmup=2)
 
 
 def generate(model: Any, prompt: int, new: int, repeats: int, **kwargs: Any) -> dict[str, float]:
@@ -115,7 +43,7 @@ def generate(model: Any, prompt: int, new: int, repeats: int, **kwargs: Any) -> 
         )
         assert out.shape[1] == prompt + new
 
-    return seconds(run, repeats)
+    return seconds(run, repeats, DEVICE)
 
 
 def memory() -> dict[str, int]:
@@ -135,21 +63,16 @@ def main() -> None:
     parser.add_argument("--commit", help="what was measured, for the record")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    limits = ceilings()
+    limits = ceilings(DEVICE)
     torch.cuda.empty_cache()
-    model = build(args.shape)
+    model = random_model(SHAPES[args.shape], torch.bfloat16, DEVICE, 0)
+    model.generation_config.pad_token_id = 0
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     head = model.lm_head.weight.numel()
     row: dict[str, Any] = {
         "benchmark": "model",
         "shape": args.shape,
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "tlk": tlk.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
+        **machine(DEVICE),
         "commit": args.commit,
         "ceilings": limits,
         "prefill_tokens": args.prefill,

@@ -31,6 +31,7 @@ THIRD_PARTY = {
     "transformers": {
         "hf",
         "dropin.py",
+        "bench/peers.py",  # measures it
         "demo/generate.py",  # its TextStreamer prints whole words as tokens come
         "demo/train.py",  # writes the embedded model as a checkpoint of transformers
     },

@@ -58,6 +58,23 @@ def test_verify_prints_the_differences(model, capsys):
     assert "top-1 agreement 100.00%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_bench_measures_prints_and_writes(kind, tmp_path, capsys):
+    file = tmp_path / "lines.jsonl"
+    flags = "--device cpu --input-len 4 --output-len 2 --max-model-len 32 --kv-cache-memory 1048576"
+    count = {"throughput": "--num-prompts", "latency": "--batch-size"}[kind]
+    words = ["bench", kind, "--random-weights", "tiny", *flags.split(), count, "2"]
+    assert main([*words, "--repeats", "1", "--warmup", "0", "--json", str(file)]) == 0
+    (record,) = map(json.loads, file.read_text().splitlines())
+    assert record["benchmark"] == kind and record["figures"]["tlk"]["output_throughput"] > 0
+    assert "output_throughput" in capsys.readouterr().out
+
+
+def test_bench_says_what_it_was_asked_wrongly(capsys):
+    assert main(["bench", "latency"]) == 2
+    assert capsys.readouterr().err == "tlk: give either a model or random_weights, and not both\n"
+
+
 @pytest.mark.parametrize(("state", "status"), [("ok", 0), ("note", 0), ("fault", 1)])
 def test_doctor_fails_on_a_fault(monkeypatch, capsys, state, status):
     monkeypatch.setattr(cli.doctor, "check", lambda: [Check("GPU", state, "said")])
@@ -106,7 +123,7 @@ def test_version(capsys):
     assert exit.value.code == 0 and capsys.readouterr().out == f"tlk {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["demo", "--device", "tpu"]])
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["demo", "--device", "tpu"], ["bench"]])
 def test_a_command_line_that_does_not_parse(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         main(argv)

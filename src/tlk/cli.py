@@ -1,12 +1,15 @@
-"""The command `tlk`: parses, calls, prints; `tlk.demo` and `tlk.doctor` do the work."""
+"""The command `tlk`: parses, calls, prints; `tlk.demo`, `tlk.bench` and `tlk.doctor` do the work."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tlk import __version__, doctor
+from tlk.bench import command
+from tlk.bench.serving import Kind
 from tlk.demo import compare, generate
 from tlk.errors import TlkError
 from tlk.optimize import optimize
@@ -59,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("model", help="a folder or a hub id")
     _add_place(check, "auto")
     check.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure the engine, beside what limits it")
+    kinds = bench.add_subparsers(metavar="WHAT", required=True)
+    helps: dict[Kind, str] = {"throughput": "all prompts at once", "latency": "a batch at a time"}
+    for kind, meaning in helps.items():
+        what = kinds.add_parser(kind, help=meaning)
+        command.add_arguments(what, kind)
+        _add_place(what, "auto")
+        what.set_defaults(run=partial(command.run, kind))
 
     machine = commands.add_parser("doctor", help="is this machine ready, and if not, what to do")
     machine.set_defaults(run=_doctor)
