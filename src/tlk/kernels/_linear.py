@@ -55,7 +55,8 @@ def _store_outputs(
     """The epilogue of y [BLOCK_M, BLOCK_N], products with W's rows from `first` on; float32."""
     n = first + tl.arange(0, y.shape[1])
     if bias_ptr is not None:
-        b = tl.load(bias_ptr + _weight_rows(n, cols, GATED)).to(tl.float32)[None, :]
+        at = n // 2 + n % 2 * cols if GATED else n
+        b = tl.load(bias_ptr + at, n < cols * (1 + GATED), other=0.0).to(tl.float32)[None, :]
         y += b
     if GATED:
         gate, up = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
