@@ -265,11 +265,12 @@ def _paged_attention_kernel(
     if SPLIT:
         split = tl.program_id(2)
         tl.store(used_ptr + at, used, mask=live & (split == 0))
-        split_at = at * splits + split
-        lse = tl.where(some, top + tl.log2(total), float("-inf"))
-        tl.store(lse_ptr + split_at, lse, mask=live & (used > 1))
-        tl.store(partial_ptr + split_at[:, None] * DV + dv[None, :], acc, o_mask & (used > 1))
-        o_mask = o_mask & (used == 1)
+        if used > 1:
+            at = at * splits + split
+            lse = tl.where(some, top + tl.log2(total), float("-inf"))
+            tl.store(lse_ptr + at, lse, mask=live)
+            tl.store(partial_ptr + at[:, None] * DV + dv[None, :], acc, o_mask)
+            return
     tl.store(out_ptr + at[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), o_mask)
 
 
