@@ -10,7 +10,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.interpreter import interpret
 from tests.runtime.demo import DEVICE
+from tlk.kernels import count_ops
 from tlk.runtime.inputs import Inputs
 from tlk.runtime.params import SamplingParams
 from tlk.runtime.request import Chunk, Request
@@ -58,6 +60,40 @@ def test_greedy_rows_take_the_likeliest_and_the_device_keeps_it():
     drawn = rows.draw(x)
     assert drawn.tokens.tolist() == x.argmax(-1).tolist() and drawn.logprobs is None
     assert rows.sampler.tokens[[7, 6]].tolist() == x.argmax(-1).tolist()
+
+
+def ops(counts):
+    return {name.partition("[")[0]: count for name, count in counts.items()}
+
+
+def test_each_kind_of_batch_is_drawn_by_one_op_and_kept():
+    x = logits(3)
+    x[1, 30], x[2] = float("nan"), float("-inf")
+    for settings, name in (([GREEDY] * 3, "likeliest_"), ([GREEDY, GREEDY, {"seed": 1}], "sample")):
+        rows = Rows(*settings)
+        with count_ops() as counts:
+            tokens = rows.draw(x).tokens.tolist()
+        assert ops(counts) == {name: 1}
+        assert tokens[:2] == x.nan_to_num(-1.0).argmax(-1)[:2].tolist() and tokens[2] == 0
+        assert rows.sampler.tokens.tolist() == [0] * 5 + tokens[::-1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the other tests run the kernel")
+def test_greedy_rows_through_the_kernel():
+    x = logits(3).to(torch.bfloat16)
+    rows = Rows(GREEDY | {"presence_penalty": 1.0}, GREEDY, GREEDY)
+    plain = Rows(GREEDY, GREEDY)
+    with interpret():
+        tokens, own = rows.draw(x).tokens.tolist(), plain.draw(x[:2]).tokens.tolist()
+    assert tokens == x.float().argmax(-1).tolist() == rows.sampler.tokens[[7, 6, 5]].tolist()
+    assert own == tokens[:2] == plain.sampler.tokens[[7, 6]].tolist()
+
+
+def test_the_rehearsal_draws_in_both_ways_from_both_dtypes():
+    rows = Rows(GREEDY, GREEDY)
+    with count_ops() as counts:
+        rows.sampler.rehearse(logits(2).to(PLACE, torch.bfloat16), rows.inputs)
+    assert ops(counts) == {"sample": 2, "likeliest_": 2}
 
 
 def test_ties_go_to_the_lower_token_in_greedy_and_mixed_batches():

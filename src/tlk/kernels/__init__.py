@@ -7,6 +7,7 @@ from tlk.kernels._op import count_ops
 from tlk.kernels.activation import gelu_and_mul, relu_squared, silu_and_mul
 from tlk.kernels.flash_attention import flash_attention
 from tlk.kernels.kv_cache import write_kv_
+from tlk.kernels.likeliest import likeliest_
 from tlk.kernels.matmul import matmul
 from tlk.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from tlk.kernels.norm_linear import norm_linear
@@ -23,6 +24,7 @@ __all__ = [
     "flash_attention",
     "gelu_and_mul",
     "layer_norm",
+    "likeliest_",
     "matmul",
     "norm_linear",
     "paged_attention",

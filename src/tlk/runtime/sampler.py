@@ -4,7 +4,7 @@ What a request sets is kept per state row on the host and sent with each step; w
 tokens (their counts, an allowed set) lies on the device per state row, made when the first request
 needs it. The order is vLLM's: allowed tokens, biases and bans, penalties, then temperature, top-k,
 top-p, min-p and the draw in one kernel, whose noise depends on the request's seed and the token's
-position only. If all rows take the likeliest token, it is one argmax.
+position only. If all rows take the likeliest token, one op finds and keeps it.
 """
 
 from collections.abc import Sequence as Rows
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlk.kernels.likeliest import likeliest_
 from tlk.kernels.sampling import apply_penalties_, sample, top_logprobs
 from tlk.runtime.inputs import Inputs, to_device, upload
 from tlk.runtime.request import Chunk, Sequence
@@ -107,13 +108,13 @@ class Sampler:
         if penalize:
             self._penalize(logits, rows, drawn)
         if all(p.greedy for p in params):
-            tokens = logits.argmax(-1)
+            tokens = likeliest_(logits, self.tokens, rows)
         else:
             tokens, _ = sample(
                 logits, inputs.temperature[:n], inputs.top_k[:n], inputs.top_p[:n],
                 inputs.min_p[:n], inputs.seeds[:n], inputs.offsets[:n],
             )  # fmt: skip
-        self.tokens.index_copy_(0, rows, tokens)
+            self.tokens.index_copy_(0, rows, tokens)
         if penalize and self._output_counts is not None:
             at = rows * self.vocab_size + tokens
             one = torch.ones_like(at, dtype=torch.int32)
@@ -130,7 +131,7 @@ class Sampler:
                 rows, inputs.temperature[:n], inputs.top_k[:n], inputs.top_p[:n],
                 inputs.min_p[:n], inputs.seeds[:n], inputs.offsets[:n],
             )  # fmt: skip
-        logits.argmax(-1)
+            likeliest_(rows, self.tokens, inputs.drawn_rows[:n])
 
     def _keep_allowed(self, logits: Tensor, drawn: Rows[Chunk], which: list[int]) -> None:
         assert self._allowed is not None
