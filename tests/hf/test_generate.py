@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch.distributions import Chi2
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TextIteratorStreamer,
     TopKLogitsWarper,
@@ -32,6 +34,7 @@ from tlk.hf import generate as generate_module
 from tlk.hf.execution import LOOP, ORIGINAL, RUNTIME
 from tlk.hf.generate import Limits, NeedsLoop, Wanted, longest, plan
 from tlk.models.families import FAMILIES
+from tlk.runtime.engine import Update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS: dict[str, dict[str, object]] = {
@@ -109,13 +112,15 @@ def test_rows_end_at_different_times(models, family):
     agree(pair, prompts(), eos_token_id=ends, min_new_tokens=9)
 
 
+NEARLY_ALL = list(range(3, 99))  # tokens that end a row as soon as they may
 OPTIONS = {
     "repetition_penalty": {"repetition_penalty": 1.4},
     "max_length": {"max_length": 17, "max_new_tokens": None},
-    "min_length": {"min_length": 18, "eos_token_id": list(range(1, 60))},
-    "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": list(range(1, 60))},
-    "min beyond max": {"min_new_tokens": 30, "eos_token_id": list(range(1, 60))},
-    "both minima": {"min_length": 14, "min_new_tokens": 7, "eos_token_id": list(range(1, 60))},
+    "min_length": {"min_length": 18, "eos_token_id": NEARLY_ALL},
+    "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": NEARLY_ALL},
+    "min beyond max": {"min_new_tokens": 30, "eos_token_id": NEARLY_ALL},
+    "both minima": {"min_length": 14, "min_new_tokens": 7, "eos_token_id": NEARLY_ALL},
+    "the other way": {"min_length": 19, "min_new_tokens": 2, "eos_token_id": NEARLY_ALL},
     "suppress_tokens": {"suppress_tokens": [*range(1, 50), 5000]},
     "bad_words_ids": {"bad_words_ids": [[i] for i in range(40)]},
     "eos outside the vocabulary": {"eos_token_id": 5000},
@@ -187,8 +192,9 @@ def test_results_look_like_transformers(models):
     padded[0, :4] = 0  # transformers makes the mask itself, from the padding token
     agree(models(), {"input_ids": padded})
     _, model = models()
-    with torch.inference_mode():
-        model.generate(ids, max_new_tokens=40)  # may make a new engine
+    model._execution.free()
+    with torch.inference_mode():  # what is made inside serves outside
+        model.generate(ids, max_new_tokens=4)
     agree(models(), {"input_ids": ids})
 
 
@@ -221,7 +227,7 @@ def test_arguments_are_checked_as_transformers_does(models):
     [
         {"temperature": 4.0, "top_k": 8, "repetition_penalty": 1.6},
         {"temperature": 6.0, "top_k": 0, "top_p": 0.6},
-        {"temperature": 6.0, "top_k": 20, "top_p": 0.95, "min_p": 0.05},
+        {"temperature": 6.0, "top_k": 20, "top_p": 0.95, "min_p": 0.4},
     ],
 )
 def test_samples_have_transformers_distribution(models, options):
@@ -269,6 +275,8 @@ def test_samples_follow_torchs_seed(models):
         first[:, :11], inputs["input_ids"].repeat_interleave(2, 0)
     )
     assert len({tuple(row) for row in first[:, 11:].tolist()}) == 6
+    several = {"do_sample": True, "num_return_sequences": 2}  # in the order of transformers
+    agree(models(), inputs, temperature=1e-3, **several)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     model.generate(**inputs, do_sample=False, max_new_tokens=3)
@@ -348,6 +356,30 @@ def test_stop_strings_end_rows_where_transformers_does(models):
     pair[1]._execution.generates.clear()
     agree(pair, inputs, LOOP, **(kwargs | {"eos_token_id": None}))
     assert "stop_strings without eos_token_id" in str(tlk.report(pair[1]))
+
+
+class BareRow:
+    finish_reason, finished = None, False
+
+
+def test_nothing_follows_a_stop_string_in_one_step(models):
+    """An engine may bring several tokens of a row at once."""
+    config = models()[1]._execution.binding.decoder.config
+    inputs, finished = prompts(2, 6, ()), []
+    call = wanted(inputs["input_ids"], inputs)
+    stop = StopStringCriteria(letters(), letters().decode([40, 41]))
+    end = EosTokenCriteria(7)
+    made = plan(config, Limits(), replace(call, criteria=[*call.criteria, stop, end]))
+    engine = SimpleNamespace(
+        add=lambda *args, **kwargs: SimpleNamespace(sequences=[BareRow()]), finish=finished.append
+    )
+    run = generate_module._Run(engine, made)
+    run.start()
+    first, second = run.ids
+    run.take([Update(first, [8, 40, 41, 9], []), Update(second, [40, 9, 8], [])])
+    run.take([Update(first, [3], []), Update(second, [41], [])])
+    assert run.ids[first][6:] == [8, 40, 41] and run.ids[second][6:] == [40, 9, 8, 41]
+    assert finished == [first]
 
 
 # ---- what is left to transformers' loop
@@ -577,14 +609,15 @@ def test_the_engine_serves_later_calls_and_grows():
     agree(pair, prompts(3))  # more at once
     second = engine_of(model)
     assert second is not first and tlk.report(model).runtime["kv_cache_bytes"] == 3 * small // 2
-    agree(pair, prompts(1), max_new_tokens=2, min_length=None)
-    assert engine_of(model) is second
-    model.generate(**prompts(1), max_new_tokens=2, max_length=None)
+    agree(pair, prompts(1), max_new_tokens=2)
+    assert engine_of(model) is second and second.options.max_num_seqs == 4
+    agree(pair, prompts(4, 230))  # no more at once than it was made for, but a larger pool
+    assert tlk.report(model).runtime["kv_cache_bytes"] == 2 * small
     long = torch.randint(1, 99, (1, 300), device=DEVICE)  # longer
     agree(pair, {"input_ids": long}, max_new_tokens=3)
     third = engine_of(model)
     assert third is not second and third.max_model_len == 512
-    agree(pair, prompts(3))
+    agree(pair, prompts(4))
     assert engine_of(model) is third
 
 

@@ -155,9 +155,7 @@ def plan(config: DecoderConfig, limits: Limits, wanted: Wanted) -> Plan:
         streamer=wanted.streamer,
     )
     if made.length > (most := longest(config)):
-        raise NeedsLoop(
-            f"{made.length} tokens, where positions are those of the model up to {most}"
-        )
+        raise NeedsLoop(f"{made.length} tokens, where positions stay as they are up to {most}")
     return made
 
 
@@ -330,20 +328,19 @@ class Runtime:
         Raises what the engine raises: ValueError, CapacityError, EngineError. After an EngineError
         the next call starts a new engine.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            engine = self._engine_for(made)
-            run, before = _Run(engine, made), engine.stats()["steps"]
-            try:
-                run.start()
-                while engine.has_work:
-                    run.take(engine.step())
-            except EngineError:
-                self.engine = None
-                raise
-            finally:
-                if self.engine is not None:
-                    run.clear()
-            self.steps = engine.stats()["steps"] - before
+        engine = self._engine_for(made)
+        run, before = _Run(engine, made), engine.stats()["steps"]
+        try:
+            run.start()
+            while engine.has_work:
+                run.take(engine.step())
+        except EngineError:
+            self.engine = None
+            raise
+        finally:
+            if self.engine is not None:
+                run.clear()
+        self.steps = engine.stats()["steps"] - before
         if made.streamer is not None:
             made.streamer.end()
         width = len(made.rows[0])
@@ -399,9 +396,7 @@ class Runtime:
     @property
     def _token_bytes(self) -> int:
         """Bytes of the keys and values of one token, over all layers."""
-        return (
-            sum(spec.page_bytes() for spec in self.binding.specs) // self.binding.specs[0].page_size
-        )
+        return sum(spec.page_bytes() // spec.page_size for spec in self.binding.specs)
 
     def _room(self) -> int:
         """Bytes that a pool may take: nine tenths of what the GPU has free, or any on a CPU."""
@@ -418,9 +413,7 @@ class _Run:
     def __init__(self, engine: Engine, made: Plan) -> None:
         self.engine, self.made = engine, made
         self.requests: list[Request] = []
-        self.ids: dict[
-            Row, list[int]
-        ] = {}  # of each row in their order: as given, then the new ones
+        self.ids: dict[Row, list[int]] = {}  # of the rows in order: as given, then the new ones
         self.ended: set[Row] = set()  # by a stop string
 
     def start(self) -> None:
@@ -457,9 +450,8 @@ class _Run:
         for criterion in self.made.stops:
             tails: dict[int, list[Row]] = {}  # rows with equally many ids to look at
             for row in rows:
-                tails.setdefault(min(len(self.ids[row]), criterion.maximum_token_len), []).append(
-                    row
-                )
+                size = min(len(self.ids[row]), criterion.maximum_token_len)
+                tails.setdefault(size, []).append(row)
             for size, members in tails.items():
                 ids = torch.tensor([self.ids[row][-size:] for row in members], device="cpu")
                 stopped = criterion(ids, None).tolist()
@@ -491,8 +483,4 @@ def laid_out(wanted: Wanted, made: Plan, tokens: list[list[int]]) -> Tensor:
     """The ids [B, S + longest] as transformers returns them, with padding behind rows that ended."""
     most = max(map(len, tokens))
     padded = [row + [made.pad] * (most - len(row)) for row in tokens]
-    out = torch.cat([wanted.ids, torch.tensor(padded, device=wanted.ids.device)], dim=-1)
-    for criterion in wanted.criteria:
-        if type(criterion) is MaxLengthCriteria:  # its reminder of max_position_embeddings
-            criterion(out[:, :-1], None)
-    return out
+    return torch.cat([wanted.ids, torch.tensor(padded, device=wanted.ids.device)], dim=-1)
