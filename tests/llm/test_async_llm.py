@@ -6,6 +6,7 @@ import time
 from itertools import pairwise
 
 import pytest
+import torch
 
 from tests.llm.fake import frontend
 from tests.llm.models import make
@@ -26,12 +27,16 @@ async def last(stream):
     return [output async for output in stream][-1]
 
 
-def test_outputs_grow_to_what_llm_gives():
-    with make(LLM) as llm:
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_outputs_grow_to_what_llm_gives(device):
+    with make(LLM, device=device) as llm:
         (expected,) = llm.generate("def fibonacci(", GREEDY, use_tqdm=False)
 
     async def body():
-        async with make(AsyncLLM) as llm:
+        async with make(AsyncLLM, device=device) as llm:
             seen = [output async for output in llm.generate("def fibonacci(", GREEDY, "mine")]
         texts = [o.outputs[0].text for o in seen]
         assert all(later.startswith(text) for text, later in pairwise(texts))
@@ -102,6 +107,28 @@ def test_abort_yields_what_was_drawn():
             assert seen[-1].outputs[0].finish_reason == "abort"
             assert len(seen[-1].outputs[0].token_ids) >= len(seen[1].outputs[0].token_ids)
             assert not await llm.abort("a") and not await llm.abort("never")
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_leaving_aborts(how):
+    async def body():
+        llm = frontend(AsyncLLM, lambda *_: time.sleep(0.005) or 97)
+        async with llm:
+            stream = llm.generate("a", Params(max_tokens=None))
+            if how == "close":
+                await anext(stream)
+                await stream.aclose()
+            else:
+                task = asyncio.ensure_future(last(stream))
+                await asyncio.sleep(0.02)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            while not llm.engine.calls["abort"]:
+                await asyncio.sleep(0)
+            assert not llm.engine.requests and not llm._streams
 
     run(body)
 

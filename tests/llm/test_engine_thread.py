@@ -153,6 +153,48 @@ def test_close_tells_those_who_wait():
     run(body)
 
 
+def test_close_tells_those_who_came_too_late():
+    async def body():
+        told, gate = {}, threading.Event()
+        engine, thread = start(asyncio.get_running_loop(), told.update)
+        engine.script = lambda *_: gate.wait(10) and 97
+        thread.send(add("a"))
+        while not engine.calls["step"]:
+            await asyncio.sleep(0)
+        thread.send(add("b"))
+        closing = threading.Thread(target=thread.close)
+        closing.start()
+        while not thread._closing:
+            await asyncio.sleep(0)
+        gate.set()
+        closing.join()
+        await asyncio.sleep(0)
+        assert set(told) == {"a", "b"} and str(told["b"]) == "the engine was closed"
+
+    run(body)
+
+
+def test_a_new_loop_is_woken_though_the_old_one_never_looked():
+    class Asleep:
+        def call_soon_threadsafe(self, call):
+            pass
+
+    async def body():
+        told = {}
+        _, thread = start(Asleep(), told.update)
+        thread.send(add("old"))
+        while not thread._outbox or not thread._outbox["old"].finished:
+            await asyncio.sleep(0)
+        thread.attach(asyncio.get_running_loop())
+        thread.send(add("new"))
+        while not ("new" in told and told["new"].finished):
+            await asyncio.sleep(0)
+        thread.close()
+        assert set(told) == {"new"}
+
+    run(body)
+
+
 def test_an_idle_thread_sleeps():
     async def body():
         engine, thread = start(asyncio.get_running_loop(), lambda news: None)

@@ -99,6 +99,18 @@ def test_several_continuations_stay_apart():
     assert sum(f == [True] for f in finished) == 1
 
 
+def test_a_stop_string_ends_one_continuation_and_not_its_sibling():
+    def script(prompt, index, place):
+        return ord("ab.cdefg"[place] if index == 0 else "x")
+
+    engine, requests, output = start(script, SamplingParams(n=2, stop=["."], max_tokens=7))
+    for _ in run(engine, requests):
+        pass
+    stopped, other = output.outputs
+    assert (stopped.text, stopped.token_ids) == ("ab", [*map(ord, "ab.")])
+    assert (other.text, other.finish_reason) == ("x" * 7, "length")
+
+
 def test_logprobs_come_with_their_text():
     engine, requests, output = start("ab", SamplingParams(logprobs=1))
     engine.requests["a"].prompt_logprobs = [None, {5: -2.0}]
