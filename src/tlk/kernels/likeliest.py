@@ -8,7 +8,7 @@ equals, and a row without any logit above -inf gives 0.
 A row is cut into pieces, so that one row keeps every SM busy and many rows are read at bandwidth. A
 program keeps the best logit of each lane and leaves one int64 of its piece, which orders as (logit,
 −index) do; a second launch takes the largest of each row. Both only compare, so a token depends on its
-row alone, and not on the batch or the cut. S·V·itemsize bytes and 6 instructions a logit.
+row alone, and not on the batch or the cut. S·V·itemsize bytes, some 6 instructions a logit.
 """
 
 import torch
