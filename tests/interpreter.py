@@ -187,7 +187,9 @@ class Corrected(stock.InterpreterBuilder):
 
     def binary_op(self, x: TensorHandle, y: TensorHandle, op: Any) -> TensorHandle:
         if not is_bf16(x):
-            return super().binary_op(x, y, op)
+            plain = super().binary_op(x, y, op)
+            # stock gives the outcome of a comparison the type of what was compared
+            return TensorHandle(plain.data, tl.int1) if plain.data.dtype == np.bool_ else plain
         result = op(number(x), number(y))
         return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else in_bf16(result)
 

@@ -83,7 +83,7 @@ def _gemv_kernel(
     allow_next(PDL)
     k = tl.arange(0, BLOCK_K)
     start = tl.program_id(0) * steps * BLOCK_N
-    end = N * (1 + GATED)
+    end = tl.minimum(start + steps * BLOCK_N, N * (1 + GATED))
     w_ptrs = w_ptr + k[None, :]
     in_k = (k < K)[None, :]
     w = _load_rows(w_ptrs, start, N, stride_w, in_k, GATED, EVEN_K, BLOCK_N)
@@ -96,8 +96,7 @@ def _gemv_kernel(
         x *= scale
     for step in range(steps):
         first = start + step * BLOCK_N
-        there = (step + 1 < steps) & (first + BLOCK_N < end)
-        mask = there & in_k
+        mask = in_k & (first + BLOCK_N < end)
         w_next = _load_rows(w_ptrs, first + BLOCK_N, N, stride_w, mask, GATED, False, BLOCK_N)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
         if norm_ptr is not None:
