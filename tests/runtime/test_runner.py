@@ -48,7 +48,9 @@ def expected(tokens):
     """The likeliest token after `tokens`, by a forward over all of them."""
     model = twin(decoder())
     model.prepare(64)
-    options = EngineOptions(max_num_seqs=1, max_num_batched_tokens=64, enforce_eager=True)
+    options = EngineOptions(
+        max_num_seqs=1, max_num_batched_tokens=64, page_size=16, enforce_eager=True
+    )
     plain = Runner(model, options)
     plain.allocate([4], 64)
     made, entries = sequence(list(tokens), 0, 0)

@@ -20,7 +20,7 @@ from tlk.bench.ceilings import synchronize
 
 CATEGORIES = (
     ("attention", r"attention|flash|fmha|combine|paged_prefill"),
-    ("sampling", r"sample|penalt|logprob|threshold|argmax|topk|softmax"),
+    ("sampling", r"sample|penalt|logprob|threshold|argmax|likeliest|pieces|topk|softmax"),
     ("linears", r"matmul|linear|gemm|gemv|nvjet|cutlass|splitk|_tile_|_dot_|_fma_|epilogue|cublas"),
     ("norms", r"norm"),
     ("other", r""),

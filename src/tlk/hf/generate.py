@@ -37,6 +37,7 @@ from transformers.generation.stopping_criteria import (
 
 from tlk.errors import CapacityError, EngineError
 from tlk.hf.binding import Binding
+from tlk.kernels.paged_attention import preferred_page_size
 from tlk.models.config import DecoderConfig
 from tlk.models.rope import original_length
 from tlk.runtime.engine import Engine, Update
@@ -353,7 +354,7 @@ class Runtime:
         self.engine = None
 
     def _engine_for(self, made: Plan) -> Engine:
-        page = self.binding.specs[0].page_size
+        page = preferred_page_size(self.binding.device)
         seqs = min(len(made.rows), self.limits.most_seqs)
         pages = seqs * -(-made.length // page)
         if (
@@ -375,7 +376,7 @@ class Runtime:
 
     def _made_for(self, seqs: int, length: int) -> Engine:
         """An engine for `seqs` sequences of `length` tokens, and for all that came before."""
-        page, limits = self.binding.specs[0].page_size, self.limits
+        page, limits = preferred_page_size(self.binding.device), self.limits
         tokens = max(_rounded(length), limits.max_model_len or 0)
         tokens = min(tokens, longest(self.binding.decoder.config))
         pages = (limits.max_num_seqs or seqs) * -(-tokens // page)

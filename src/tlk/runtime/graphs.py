@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FEW_SEQUENCES = 16
 MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 class Shape(NamedTuple):
-    """Tokens T, sequences S and the longest query of a step; R rows of it have logits."""
+    """Tokens T, sequences S and the longest query of a step; R rows of it have logits.
+
+    pages: of the longest sequence; the page tables are no wider.
+    """
 
     tokens: int
     sequences: int
     max_q: int
     logit_rows: int
+    pages: int
 
 
 class Outputs(NamedTuple):
@@ -40,17 +45,26 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return [*below, max_num_seqs]
 
 
-def decode_shape(sequences: int) -> Shape:
-    return Shape(sequences, sequences, 1, sequences)
+def decode_shapes(max_num_seqs: int, pages: int, short_pages: int) -> list[Shape]:
+    """Decode shapes for sequences of `pages`, and small ones also for `short_pages`, if that is less.
+
+    A few sequences that could be long have their keys split over programs, whose results a second
+    kernel combines. Those known to be short are spared its latency.
+    """
+    sizes = decode_sizes(max_num_seqs)
+    shapes = [Shape(n, n, 1, n, pages) for n in sizes]
+    if 0 < short_pages < pages:
+        shapes += [Shape(n, n, 1, n, short_pages) for n in sizes if n <= FEW_SEQUENCES]
+    return shapes
 
 
-def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[Shape]:
+def mixed_shapes(max_num_seqs: int, max_tokens: int, pages: int) -> list[Shape]:
     """Mixed shapes up to the token budget, each for as many sequences as it may have."""
     shapes = []
     for tokens in MIXED_TOKENS:
         if tokens <= max_tokens:
             sequences = min(tokens, max_num_seqs)
-            shapes.append(Shape(tokens, sequences, tokens, sequences))
+            shapes.append(Shape(tokens, sequences, tokens, sequences, pages))
     return shapes
 
 
@@ -59,7 +73,7 @@ class Graphs:
 
     def __init__(self, forward: Callable[[Shape], Outputs], shapes: Iterable[Shape]) -> None:
         self._forward = forward
-        self._shapes = sorted(shapes, key=lambda s: (s.max_q > 1, s.tokens, s.sequences))
+        self._shapes = sorted(shapes, key=lambda s: (s.max_q > 1, s.tokens, s.sequences, s.pages))
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool: Any = None
         self.replays = 0
@@ -68,7 +82,7 @@ class Graphs:
     @property
     def shapes(self) -> list[Shape]:
         """What can be captured, largest first, so that later graphs fit into the pool of the first."""
-        return sorted(self._shapes, key=lambda s: (s.tokens, s.sequences), reverse=True)
+        return sorted(self._shapes, key=lambda s: (s.tokens, s.sequences, s.pages), reverse=True)
 
     def shape_for(self, step: Shape) -> Shape | None:
         """The smallest shape that holds the step, or None."""
@@ -78,6 +92,7 @@ class Graphs:
                 (shape.max_q == 1) == decodes
                 and shape.tokens >= step.tokens
                 and shape.sequences >= step.sequences
+                and shape.pages >= step.pages
             ):
                 return shape
         return None

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlk.kernels._paged_split import LEAST_KEYS
 from tlk.kernels.paged_attention import preferred_page_size
 from tlk.kernels.sampling import top_logprobs
 from tlk.kernels.step import expand_step
 from tlk.models.batch import Batch, KVCache, PagedKV, group_specs
 from tlk.models.decoder import Decoder
-from tlk.runtime.graphs import Graphs, Outputs, Shape, decode_shape, decode_sizes, mixed_shapes
+from tlk.runtime.graphs import Graphs, Outputs, Shape, decode_shapes, mixed_shapes
 from tlk.runtime.inputs import Expanded, Inputs, to_device
 from tlk.runtime.options import EngineOptions
 from tlk.runtime.request import Chunk, Request, Sequence, Step
@@ -120,8 +121,9 @@ class Runner:
         self.graphs = None
         if self.device.type == "cuda" and not options.enforce_eager:
             budget = options.max_num_batched_tokens
-            shapes = [decode_shape(n) for n in decode_sizes(min(options.max_num_seqs, budget))]
-            shapes += mixed_shapes(options.max_num_seqs, budget)
+            short = (2 * LEAST_KEYS - 1) // self.page_size  # of which attention makes no splits
+            shapes = decode_shapes(min(options.max_num_seqs, budget), self.max_pages, short)
+            shapes += mixed_shapes(options.max_num_seqs, budget, self.max_pages)
             self.graphs = Graphs(self.forward, shapes)
 
     # ---- one step
@@ -185,7 +187,8 @@ class Runner:
         host["logit_rows"][: len(drawn)] = last
         host["logit_rows"][len(drawn) :] = 0
         self.sampler.stage(drawn, self.inputs)
-        return Shape(total, n, int(counts.max()), len(drawn))
+        pages = -(-int(host["seq_lens"][:n].max()) // self.page_size)
+        return Shape(total, n, int(counts.max()), len(drawn), pages)
 
     def _run(self, step: Shape, needs_hidden: bool) -> Outputs:
         """The staged step from a graph if one holds it, else launch by launch."""
@@ -200,7 +203,7 @@ class Runner:
             return self._run(step, needs_hidden)  # memory ran out: the next larger one, or none
         self.inputs.send(step.tokens)
         self.eager_steps += 1
-        return self.forward(step)
+        return self.forward(step._replace(pages=self.max_pages))
 
     @torch.inference_mode()
     def forward(self, shape: Shape) -> Outputs:
@@ -218,7 +221,7 @@ class Runner:
             slots=slots,
             cu_seqlens_q=i.cu_seqlens_q[: s + 1],
             seq_lens=i.seq_lens[:s],
-            page_tables=tables,
+            page_tables=tuple(x[:, : shape.pages] for x in tables),
             max_q=shape.max_q,
         )
         hidden = self._decode(e.ids[:t], batch, self.cache)
@@ -248,7 +251,7 @@ class Runner:
         host["cu_seqlens_q"][n + 1 :] = total
         host["temperature"][:], host["top_p"][:] = 1.0, 0.9
         self.inputs.send(total)
-        logits = self.forward(Shape(total, n, max(lengths), seqs)).logits
+        logits = self.forward(Shape(total, n, max(lengths), seqs, self.max_pages)).logits
         self.sampler.rehearse(logits, self.inputs)
 
     def free(self) -> None:
