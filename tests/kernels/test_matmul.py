@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.interpreter import interpret, late
 from tests.kernels.check import check
+from tlk.kernels import _linear
 from tlk.kernels._linear import launch
 from tlk.kernels._op import count_ops
 from tlk.kernels.matmul import CUBLAS, choose, matmul, matmul_reference
@@ -229,16 +230,17 @@ def test_a_table_decides(device, monkeypatch):
 
 
 META = {
-    "gemv": {"BLOCK_N": 4, "STEPS": 3},
+    "gemv": {"BLOCK_N": 4, "PER_SM": 1},
     "fma": {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCK_K": 64},
     "dot": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "PREFETCH": 128},
 }
 
 
 @pytest.mark.parametrize("kernel", META)
-@pytest.mark.parametrize("n, k", [(37, 300), (24, 256), (5, 40)])
-def test_decode_kernels(kernel, n, k, device):
+@pytest.mark.parametrize("n, k", [(66, 300), (64, 256), (5, 40)])
+def test_decode_kernels(kernel, n, k, device, monkeypatch):
     """Rows of W that fill no tile and K steps that fill no block, and those that do."""
+    monkeypatch.setattr(_linear, "sm_count", lambda device: 8)  # few programs with much to do
     m = 1 if kernel == "gemv" else 5
     x, weight, bias, residual = operands(m, n, k, device, BF16)
     y = torch.full_like(residual, torch.nan)
@@ -269,7 +271,7 @@ def test_rows_too_long_for_registers(device):
 
 
 def test_a_measured_gemv_is_for_one_row(device, monkeypatch):
-    gemv = {"backend": "triton", "kernel": "gemv", "meta": {"BLOCK_N": 2, "STEPS": 1}}
+    gemv = {"backend": "triton", "kernel": "gemv", "meta": {"BLOCK_N": 2, "PER_SM": 1}}
     monkeypatch.setattr(module, "lookup", lambda *_: gemv)
     x, weight, *_ = operands(2, 8, 64, device, BF16)
     assert choose(x[:1], weight, None) is gemv

@@ -6,6 +6,7 @@ On a CPU every operation runs as its PyTorch reference.
 from tlk.kernels._op import count_ops
 from tlk.kernels.activation import gelu_and_mul, relu_squared, silu_and_mul
 from tlk.kernels.flash_attention import flash_attention
+from tlk.kernels.gated_linear import gated_linear
 from tlk.kernels.kv_cache import write_kv_
 from tlk.kernels.likeliest import likeliest_
 from tlk.kernels.matmul import matmul
@@ -22,6 +23,7 @@ __all__ = [
     "count_ops",
     "expand_step",
     "flash_attention",
+    "gated_linear",
     "gelu_and_mul",
     "layer_norm",
     "likeliest_",

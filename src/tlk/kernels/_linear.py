@@ -5,7 +5,7 @@
 
 For few rows of x they differ in who holds what while W streams by once (`evict_first`):
 
-- "gemv", one row: x stays in registers, and a program walks over STEPS tiles of whole rows of W.
+- "gemv", one row: x stays in registers, and PER_SM programs an SM walk over tiles of whole rows of W.
 - "fma", up to 8 rows a program: BLOCK_N rows of W, K in steps, one step ahead of the arithmetic.
 - "dot", tensor cores: W is the left operand, so that its rows fill the 16 or 64 rows of an instruction
   and the few rows of x its 8 or 16 columns; K is pipelined through shared memory.
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tlk.kernels._device import sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._pdl import allow_next, pdl, prefetch, wait_for_previous
 from tlk.kernels.activation import _activate
@@ -291,7 +292,7 @@ def launch(
     dependent = pdl(x.device)
     flags: tuple[Any, ...] = activation, gated, dependent, even_k
     if kernel == "gemv":
-        steps = meta.pop("STEPS")
+        steps = cdiv(tiles_n, meta.pop("PER_SM") * sm_count(x.device))
         _gemv_kernel[(cdiv(tiles_n, steps),)](
             *tensors, steps, n, k, weight.stride(0), eps, weight_offset, *flags, **meta,
             launch_pdl=dependent,

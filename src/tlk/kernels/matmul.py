@@ -104,7 +104,7 @@ def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int
     """The Triton configuration for up to `DECODE_ROWS` rows and a weight [n, k]; fits every SM."""
     size = dtype.itemsize
     if m == 1 and k * size <= LONGEST_ROW:
-        return {"backend": "triton", "kernel": "gemv", "meta": _gemv_meta(processors, size, n, k)}
+        return {"backend": "triton", "kernel": "gemv", "meta": _gemv_meta(size, k)}
     if arch < 80 or dtype == torch.float32 or m == 1:
         block_m = min(next_power_of_2(max(m, 1)), 8)
         # 16-byte loads of 4 or 2 warps cover BLOCK_K, so that lanes meet only in the last reduction
@@ -122,17 +122,12 @@ def decode_config(arch: int, processors: int, dtype: torch.dtype, m: int, n: int
     return {"backend": "triton", "kernel": "dot", "meta": meta}
 
 
-def _gemv_meta(processors: int, size: int, n: int, k: int) -> dict[str, int]:
+def _gemv_meta(size: int, k: int) -> dict[str, int]:
     """32 values of a row a thread, 16 KB or more of W a tile, and one wave of programs: 8 warps an SM."""
     width = next_power_of_2(k)
     warps = min(max(width // 1024, 1), 16)
     rows = (8 if warps < 16 else 4) // size * max(1024 // width, 1)
-    programs = processors * max(8 // warps, 1)
-    return {
-        "BLOCK_N": rows,
-        "STEPS": max(cdiv(cdiv(n, rows), programs), 1),
-        "num_warps": warps,
-    }
+    return {"BLOCK_N": rows, "PER_SM": max(8 // warps, 1), "num_warps": warps}
 
 
 @lru_cache
