@@ -87,7 +87,7 @@ def test_every_activation(m, activation, dtype, device):
 
 
 META = {
-    "gemv": {"BLOCK_N": 4, "PER_SM": 1},
+    "gemv": {"BLOCK_N": 4, "PER_SM": 1, "MOST_TILES": 9},
     "fma": {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCK_K": 64},
     "dot": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "PREFETCH": 128},
 }
@@ -99,9 +99,11 @@ def test_kernels(kernel, size, device, monkeypatch):
     monkeypatch.setattr(_linear, "sm_count", lambda device: 8)  # few programs with much to do
     m = 1 if kernel == "gemv" else 5
     x, weight, bias, norm_weight = operands(m, size, 96, device, BF16)
+    norm = (norm_weight, EPS, 0.0) if kernel in _linear.NORMED else None
+    norm_weight = None if norm is None else norm_weight
     y = torch.full((m, size), torch.nan, device=device, dtype=BF16)
     config = {"backend": "triton", "kernel": kernel, "meta": META[kernel]}
-    launch(config, x, weight, bias, "gelu", y, norm=(norm_weight, EPS, 0.0), gated=True)
+    launch(config, x, weight, bias, "gelu", y, norm=norm, gated=True)
     args = x, weight, bias, "gelu", norm_weight
     check(y, plain(*args), exact(*args))
 
@@ -109,10 +111,12 @@ def test_kernels(kernel, size, device, monkeypatch):
 @pytest.mark.parametrize("kernel", META)
 def test_what_earlier_kernels_wrote_is_read_after_the_wait(kernel):
     x, weight, bias, norm_weight = operands(1, 20, 96, "cpu", BF16)
+    norm = (norm_weight, EPS, 0.0) if kernel in _linear.NORMED else None
+    norm_weight = None if norm is None else norm_weight
     y = torch.full((1, 20), torch.nan, dtype=BF16)
     with interpret(), late(x):
         config = {"backend": "triton", "kernel": kernel, "meta": META[kernel]}
-        launch(config, x, weight, bias, "gelu", y, norm=(norm_weight, EPS, 0.0), gated=True)
+        launch(config, x, weight, bias, "gelu", y, norm=norm, gated=True)
     args = x, weight, bias, "gelu", norm_weight
     check(y, plain(*args), exact(*args))
 
@@ -141,7 +145,8 @@ def test_leading_dimensions(shape, device):
     "m, dtype, normed, options, ran",
     [
         (1, BF16, True, {}, "triton"),
-        (16, BF16, True, {}, "triton"),
+        (16, BF16, True, {}, "rms_norm+triton"),
+        (16, BF16, False, {}, "triton"),
         (4, torch.float32, False, {}, "triton"),
         (5, torch.float32, False, {}, "cublas+gelu_and_mul"),
         (17, BF16, False, {}, "cublas+gelu_and_mul"),
@@ -158,12 +163,13 @@ def test_what_ran_is_counted(m, dtype, normed, options, ran, device, monkeypatch
     with count_ops() as counts:
         check_call(x, weight, bias, "gelu", norm_weight if normed else None, **options)
     assert counts == {f"gated_linear[{ran}]": 1}
-    assert len(launched) == (ran == "triton")
+    assert len(launched) == ran.endswith("triton")
 
 
 def test_a_table_decides(device, monkeypatch):
     dot = {"backend": "triton", "kernel": "dot", "meta": META["dot"]}
-    tables = {2: module.SEPARATE, 20: dot, 40: {**dot, "norm": "separate"}}
+    fma = {"backend": "triton", "kernel": "fma", "meta": META["fma"]}
+    tables = {2: module.SEPARATE, 20: dot, 40: fma}
     asked = []
 
     def measured(op, version, x, weight):
@@ -171,7 +177,7 @@ def test_a_table_decides(device, monkeypatch):
         return tables[len(x)]
 
     monkeypatch.setattr(module, "measured", measured)
-    for m, ran in ((2, "triton+silu_and_mul"), (20, "triton"), (40, "rms_norm+triton")):
+    for m, ran in ((2, "rms_norm+triton+silu_and_mul"), (20, "rms_norm+triton"), (40, "triton")):
         x, weight, bias, norm_weight = operands(m, 24, 64, device, BF16)
         with count_ops() as counts:
             check_call(x, weight, bias, "silu", norm_weight)

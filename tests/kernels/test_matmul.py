@@ -230,7 +230,7 @@ def test_a_table_decides(device, monkeypatch):
 
 
 META = {
-    "gemv": {"BLOCK_N": 4, "PER_SM": 1},
+    "gemv": {"BLOCK_N": 4, "PER_SM": 1, "MOST_TILES": 9},
     "fma": {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCK_K": 64},
     "dot": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "PREFETCH": 128},
 }
@@ -271,7 +271,11 @@ def test_rows_too_long_for_registers(device):
 
 
 def test_a_measured_gemv_is_for_one_row(device, monkeypatch):
-    gemv = {"backend": "triton", "kernel": "gemv", "meta": {"BLOCK_N": 2, "PER_SM": 1}}
+    gemv = {
+        "backend": "triton",
+        "kernel": "gemv",
+        "meta": {"BLOCK_N": 2, "PER_SM": 1, "MOST_TILES": 9},
+    }
     monkeypatch.setattr(module, "lookup", lambda *_: gemv)
     x, weight, *_ = operands(2, 8, 64, device, BF16)
     assert choose(x[:1], weight, None) is gemv

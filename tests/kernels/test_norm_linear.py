@@ -117,7 +117,7 @@ def test_leading_dimensions(shape, device):
     "m, dtype, ran",
     [
         (1, BF16, "triton"),
-        (16, torch.float16, "triton"),
+        (16, torch.float16, "rms_norm+triton"),
         (17, BF16, "rms_norm+cublas"),
         (4, torch.float32, "triton"),
         (5, torch.float32, "rms_norm+cublas"),
@@ -138,7 +138,9 @@ def test_what_ran_is_counted(m, dtype, ran, device, monkeypatch):
 
 
 def test_a_table_decides(device, monkeypatch):
-    tables = {2: {"backend": "unfused"}, 20: decode_config(90, 8, BF16, 16, 32, 64)}
+    fma = decode_config(75, 8, BF16, 16, 32, 64)
+    tables = {2: {"backend": "unfused"}, 3: decode_config(90, 8, BF16, 16, 32, 64), 20: fma}
+    assert tables[3]["kernel"] == "dot"  # which takes no norm
     asked = []
 
     def measured(op, version, x, weight):
@@ -146,7 +148,7 @@ def test_a_table_decides(device, monkeypatch):
         return tables[len(x)]
 
     monkeypatch.setattr(module, "measured", measured)
-    for m, ran in ((2, "rms_norm+triton"), (20, "triton")):
+    for m, ran in ((2, "rms_norm+triton"), (3, "rms_norm+triton"), (20, "triton")):
         args = operands(m, 32, 64, device, BF16)
         with count_ops() as counts:
             check_call(*args)

@@ -2,7 +2,8 @@
 
 The kernels of some steps are timed by torch.profiler. It slows the host down, so the length of a step is
 measured without it: idle is that length less the time in which a kernel ran. On a CPU tlk's ops take
-the place of kernels, and idle is everything else.
+the place of kernels, and idle is everything else. Where kernels overlap (launched dependently, the next
+one starts while one still runs, and waits for it), the time counts for the one that started first.
 """
 
 import re
@@ -32,6 +33,7 @@ CATEGORIES = (
 class StepProfile:
     """Microseconds of one step, on average over `steps` of them.
 
+    gaps: between kernels in the trace, an upper bound of what they are without the profiler.
     kernels: by category. busy: some kernel ran. step: from one step to the next, without the
     profiler. names: the kernels that took longest, and how long.
     """
@@ -39,6 +41,7 @@ class StepProfile:
     steps: int
     step: float
     busy: float
+    gaps: float
     kernels: dict[str, float]
     names: dict[str, float]
 
@@ -55,6 +58,7 @@ class StepProfile:
             "busy_us": self.busy,
             "kernel_us": self.kernels,
             "idle_us": self.idle,
+            "gaps_us": self.gaps,
             "share_outside_kernels": self.idle / self.step,
             "longest_us": self.names,
         }
@@ -85,14 +89,19 @@ def summarize(spans: Iterable[tuple[str, float, float]], steps: int, length: flo
     """The profile of kernels named and timed (start and end, µs) over steps of `length` µs."""
     kernels = {name: 0.0 for name, _ in CATEGORIES}
     names: dict[str, float] = defaultdict(float)
-    busy, reached = 0.0, float("-inf")
-    for name, start, end in sorted(spans, key=lambda span: span[1]):
-        kernels[category(name)] += (end - start) / steps
-        names[name] += (end - start) / steps
-        busy += max(end - max(start, reached), 0.0)  # kernels of two streams may overlap
+    ordered = sorted(spans, key=lambda span: span[1])
+    begun = ordered[0][1] if ordered else 0.0
+    busy, reached = 0.0, begun
+    for name, start, end in ordered:
+        # One that was launched while its predecessor still ran has only waited until then.
+        own = max(end - max(start, reached), 0.0) / steps
+        kernels[category(name)] += own
+        names[name] += own
+        busy += own
         reached = max(reached, end)
     longest = dict(sorted(names.items(), key=lambda item: -item[1])[:20])
-    return StepProfile(steps, length, busy / steps, kernels, longest)
+    gaps = (reached - begun) / steps - busy
+    return StepProfile(steps, length, busy, gaps, kernels, longest)
 
 
 def table(profiled: Mapping[str, Any]) -> str:

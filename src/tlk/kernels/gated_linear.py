@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tlk.kernels._device import sm, sm_count
-from tlk.kernels._linear import launch
+from tlk.kernels._linear import NORMED, launch
 from tlk.kernels._op import op
 from tlk.kernels.activation import gelu_and_mul, silu_and_mul
 from tlk.kernels.matmul import (
@@ -84,7 +84,7 @@ def _chosen_backend(
 ) -> str:
     config = _choose(x, weight, backend)
     if config["backend"] == "triton":
-        separate_norm = norm_weight is not None and config.get("norm") == "separate"
+        separate_norm = norm_weight is not None and config["kernel"] not in NORMED
         return "rms_norm+triton" if separate_norm else "triton"
     if norm_weight is None:
         product = name_of(choose(x, weight, backend), backend)
@@ -116,7 +116,7 @@ def _gated_linear(
             return silu_and_mul(y)
         return gelu_and_mul(y, approximate="none" if activation == "gelu" else "tanh")
     norm = None if norm_weight is None else (norm_weight, eps, weight_offset)
-    if norm_weight is not None and config.get("norm") == "separate":
+    if norm_weight is not None and config["kernel"] not in NORMED:
         x, norm = rms_norm(x, norm_weight, eps, weight_offset=weight_offset), None
     y = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
     if y.numel() > 0:

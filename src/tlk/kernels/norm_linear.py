@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tlk.kernels._check import check_device, check_dtype, check_last_dim_contiguous, check_shape
 from tlk.kernels._device import sm, sm_count
-from tlk.kernels._linear import launch
+from tlk.kernels._linear import NORMED, launch
 from tlk.kernels._op import op
 from tlk.kernels.matmul import (
     DECODE_ROWS,
@@ -52,11 +52,9 @@ def _choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     n, k = weight.shape
     m = x.shape[:-1].numel()
     config = measured("norm_linear", VERSION, x, weight)
-    if config is not None:
-        return config
-    if m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
-        return decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n, k)
-    return UNFUSED
+    if config is None and m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
+        config = decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n, k)
+    return config if config is not None and config.get("kernel") in NORMED else UNFUSED
 
 
 def chosen_backend(
