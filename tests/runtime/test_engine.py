@@ -324,19 +324,49 @@ def test_a_failing_step_fails_its_requests_and_no_others(monkeypatch):
     assert e.stats()["pages_used"] == 0
 
 
-def test_a_fault_of_the_gpu_ends_the_engine(monkeypatch):
+ILLEGAL = "an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        ("launch", torch.AcceleratorError(f"CUDA error: {ILLEGAL}")),
+        ("launch", RuntimeError(f"Triton Error [CUDA]: {ILLEGAL}")),
+        ("read", torch.AcceleratorError(f"CUDA error: {ILLEGAL}")),
+    ],
+)
+def test_a_fault_of_the_gpu_ends_the_engine(monkeypatch, where, fault):
     e = engine()
     e.add(PROMPT, GREEDY)
+    e.step()
 
-    def faults(step):
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    def faults(*args):
+        raise fault
 
-    monkeypatch.setattr(e._runner, "launch", faults)
-    with pytest.raises(EngineError, match="illegal memory access"):
+    place = e._runner if where == "launch" else type(e._flight)
+    monkeypatch.setattr(place, where, faults)
+    with pytest.raises(EngineError, match="illegal memory access") as raised:
         e.step()
+    assert raised.value.__cause__ is fault
     for call in (e.step, lambda: e.add(PROMPT, GREEDY)):
         with pytest.raises(EngineError, match="has ended"):
             call()
+
+
+def test_a_launch_that_finds_no_memory_fails_its_requests_only(monkeypatch):
+    e = engine()
+    first = e.add(PROMPT, GREEDY)
+    launch, full = e._runner.launch, torch.OutOfMemoryError("CUDA out of memory")
+
+    def fails(step):
+        raise full
+
+    monkeypatch.setattr(e._runner, "launch", fails)
+    e.step()
+    monkeypatch.setattr(e._runner, "launch", launch)
+    second = e.add(PROMPT, GREEDY)
+    drain(e)
+    assert first.error is full and len(second.sequences[0].output) == 20
 
 
 def test_close():

@@ -104,7 +104,8 @@ def test_copies_of_copies_read_before_they_write(runner):
             pool.copy_(torch.arange(len(pool), device=DEVICE)[:, None, None, None].expand_as(pool))
     runner._set_pages(Step([], [], [(0, 1, 2), (0, 2, 3)]))
     for layer in runner.cache.layers:
-        assert layer.k[2].unique().tolist() == [1] and layer.v[3].unique().tolist() == [2]
+        for pool in (layer.k, layer.v):
+            assert pool[2].unique().tolist() == [1] and pool[3].unique().tolist() == [2]
 
 
 def test_a_row_gets_the_settings_of_its_new_owner(runner):

@@ -188,9 +188,9 @@ class Engine:
         assert self._runner is not None
         try:
             flight = self._runner.launch(step)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
+            if _is_fault(error):
+                self._die(error)
             self._fail(step, error)
             return None
         self._steps += 1
@@ -268,6 +268,14 @@ class Engine:
         if self._runner is not None:
             self._runner.free()
             self._runner = None
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether the GPU's memory can no longer be trusted, as torch or Triton report it."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    text = str(error)
+    return text.startswith("Triton Error [CUDA]") and "out of memory" not in text
 
 
 def _seed(engine: int, count: int) -> int:
