@@ -8,7 +8,7 @@ import torch
 from tlk import doctor
 from tlk.doctor import check, usable
 from tlk.errors import UnsupportedError
-from tlk.kernels import toolchain, tuning
+from tlk.kernels import paged_prefill, toolchain, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,15 @@ def test_without_a_gpu_everything_is_usable_and_said(bare):
     assert usable(checks)
     assert [c.name for c in checks if c.state == "note"] == ["driver", "GPU", "tuned tables"]
     assert str(found("GPU")).startswith("note  GPU             none: every op runs as its PyTorch")
+
+
+def test_the_kernel_for_sm_90_or_why_not(gpu, monkeypatch):
+    monkeypatch.setattr(paged_prefill, "gluon_missing", lambda: None)
+    assert str(found("prefill")) == "ok    prefill         the kernel for sm_90"
+    monkeypatch.setattr(paged_prefill, "gluon_missing", lambda: "another Triton")
+    assert found("prefill").state == "note" and "another Triton" in found("prefill").message
+    gpu.sm = 89
+    assert found("prefill").message == "the portable kernels"
 
 
 def test_without_a_gpu_a_missing_compiler_is_a_note(bare, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from triton import knobs
 
 from tlk.errors import UnsupportedError
-from tlk.kernels import toolchain, tuning
+from tlk.kernels import paged_prefill, toolchain, tuning
 from tlk.kernels._device import sm
 
 OLDEST_SM = 75
@@ -44,6 +44,7 @@ def check() -> list[Check]:
         _only_a_note_without_a_gpu(_compiler()),
         _only_a_note_without_a_gpu(_ptxas()),
         _tables(),
+        _prefill(),
         _folder("tlk's cache", tuning.cache_dir()),
         _folder("Triton's cache", Path(knobs.cache.dir)),
     ]
@@ -144,6 +145,17 @@ def _tables() -> Check:
     else:
         note = f"none for sm_{sm(device)}: configurations come from shapes alone"
     return Check("tuned tables", "note", note)
+
+
+def _prefill() -> Check:
+    """Which attention kernel long prompts get: on sm_90 there is a faster one for some Tritons."""
+    if not torch.cuda.is_available() or sm(torch.device("cuda")) != 90:
+        return Check("prefill", "ok", "the portable kernels")
+    if (reason := paged_prefill.gluon_missing()) is not None:
+        return Check(
+            "prefill", "note", f"the portable kernel, slower than that for sm_90: {reason}"
+        )
+    return Check("prefill", "ok", "the kernel for sm_90")
 
 
 def _folder(name: str, path: Path) -> Check:

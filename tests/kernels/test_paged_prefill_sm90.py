@@ -77,6 +77,16 @@ def test_it_is_chosen_on_sm_90_alone(monkeypatch):
     assert [chosen(90, r) for r in (small, large)] == [None, "triton_tma"]
 
 
+def test_another_gluon_leaves_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(paged_prefill, "hopper", None)
+    monkeypatch.setattr(paged_prefill, "_import_error", "no tma", raising=False)
+    version = triton.__version__
+    assert paged_prefill.gluon_missing() == f"triton {version} has another Gluon: no tma"
+    r = prompt(64)
+    with interpret(sm=90):
+        assert paged_prefill.backend(r.q, *r.caches, 4096) == "triton_tma"
+
+
 def test_no_sequence_launches_nothing():
     r = Requests([], [], padding=3, d=64, dv=64)
     out = torch.empty(3, 4, 64)

@@ -18,10 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tlk.kernels import paged_prefill_sm90
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._paged_tiles import locate
+
+try:
+    from tlk.kernels import paged_prefill_sm90 as hopper
+except ImportError as error:  # Gluon moves between versions of Triton
+    hopper, _import_error = None, str(error)  # type: ignore[assignment]
 
 LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that exp2(-inf - LOWEST) is 0, not NaN
@@ -151,9 +155,16 @@ def backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_q: int) -> str | No
         or not (_in_boxes(k_cache) and _in_boxes(v_cache))
     ):
         return None
-    if arch == 90 and paged_prefill_sm90.takes(page_size) and not paged_prefill_sm90.missing():
+    if arch == 90 and gluon_missing() is None and hopper.takes(page_size):
         return "gluon"
     return "triton_tma" if page_size % 64 == 0 else None
+
+
+def gluon_missing() -> str | None:
+    """Why the kernel for sm_90 cannot run with this Triton, or None; then the portable one runs."""
+    if hopper is None:
+        return f"triton {triton.__version__} has another Gluon: {_import_error}"
+    return hopper.missing()
 
 
 def _in_boxes(cache: Tensor) -> bool:
@@ -168,7 +179,7 @@ def launch(
     seq_lens: Tensor, cu_seqlens_q: Tensor, softmax_scale: float,
 ) -> None:  # fmt: skip
     """Attend into `out` [T, H, Dv] what `paged_attention` says of its arguments, with `backend`."""
-    run = paged_prefill_sm90.launch if backend == "gluon" else launch_tma
+    run = hopper.launch if backend == "gluon" else launch_tma
     run(out, q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, softmax_scale)
 
 

@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tlk.kernels._ints import next_power_of_2
 
-TRITON: tuple[str, ...] = ("3.6.",)  # versions with which the tests passed on a GPU
+TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 LOG2_E = 1.4426950408889634
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # finite, so that exp2(-inf - LOWEST) is 0, not NaN
 COLUMNS = gl.constexpr(64)  # of a box: 128 bytes, the widest that shared memory swizzles
