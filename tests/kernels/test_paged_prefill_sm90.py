@@ -39,7 +39,7 @@ def test_its_code(page, d, boxes, monkeypatch):
     kernel, grid, wgmma, copies, metrics = isolated(compile_it)
     assert kernel == "_paged_prefill_sm90_kernel" and wgmma and copies == boxes
     assert grid == ((4096 * 4 // 128 + 1 + 1) * 8, 1, 1)
-    assert metrics.spill_bytes <= 32 and metrics.shared <= 227 * 1024
+    assert metrics.local_in_loop == 0 and metrics.spill_bytes <= 32 and metrics.shared <= 227 * 1024
     assert metrics.registers == 168  # 12 warps of them fill the SM, before they are shared out anew
 
 

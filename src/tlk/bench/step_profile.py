@@ -73,7 +73,8 @@ def profile_steps(step: Callable[[], Any], steps: int, device: torch.device) -> 
     synchronize(device)
     length = (time.perf_counter() - started) / steps * 1e6
     gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
+    kind = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    with profile(activities=[kind], acc_events=True) as recorded:  # without, torch 2.11 warns
         for _ in range(steps):
             step()
         synchronize(device)
