@@ -72,7 +72,6 @@ class Engine:
             max_model_len=self.max_model_len,
             enable_prefix_caching=self.options.enable_prefix_caching,
         )
-        self._requests: dict[str, Request] = {}
         self._flight: Flight | None = None
         self._ended: list[Update] = []  # aborts and failures, to be told by the next step
         self._dead: BaseException | None = None
@@ -102,17 +101,16 @@ class Engine:
                 f"prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len} and at "
                 "least one token must be generated"
             )
-        self._check_params(params)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            if named := getattr(params, name):
+                check_token_ids(name, list(named), self.vocab_size)
         words = tuple(
             tuple(check_token_ids("bad_words", word, self.vocab_size)) for word in bad_words
         )
-        id = f"request-{self._count}" if id is None else id
-        if id in self._requests:
-            raise ValueError(f"id {id!r} belongs to a request that is not finished")
         room = self.max_model_len - len(ids)
         ends = frozenset(params.stop_token_ids)
         request = Request(
-            id,
+            f"request-{self._count}" if id is None else id,
             ids,
             params,
             limit=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -123,33 +121,20 @@ class Engine:
             groups=len(self._scheduler.groups),
         )
         self._scheduler.add(request)
-        self._requests[id] = request
         self._count += 1
         return request
 
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.n > self.options.max_num_seqs:
-            raise ValueError(
-                f"n must be at most max_num_seqs ({self.options.max_num_seqs}), got {params.n}"
-            )
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            if ids := getattr(params, name):
-                check_token_ids(name, list(ids), self.vocab_size)
-
     def abort(self, id: str) -> bool:
         """End a request now; False if there is none of that id. Its end is told by the next step."""
-        if (request := self._requests.pop(id, None)) is None:
-            return False
-        open_ones = [s for s in request.sequences if not s.finished]
-        self._scheduler.abort(id)
-        self._tell(open_ones)
-        return True
+        ended = self._scheduler.abort(id)
+        self._tell(ended)
+        return bool(ended)
 
     def finish(self, sequence: Sequence, stop_reason: str | None = None) -> None:
         """End a sequence whose text met a stop string, which only the caller can see."""
         if not sequence.finished:
             sequence.finish_reason, sequence.stop_reason = "stop", stop_reason
-            self._finish(sequence)
+            self._scheduler.finish(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -208,24 +193,14 @@ class Engine:
             logprobs = [] if result.logprobs is None else [result.logprobs]
             updates.append(Update(sequence, [result.token], logprobs))
             if sequence.finished:
-                self._finish(sequence)
+                self._scheduler.finish(sequence)
         return updates
-
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence)
-        if sequence.request.finished:
-            self._requests.pop(sequence.request.id, None)
 
     def _fail(self, step: Step, error: Exception) -> None:
         """End the requests of a step that could not be launched."""
-        chunks = step.chunks
-        open_ones = {
-            s: None for c in chunks for s in c.sequence.request.sequences if not s.finished
-        }
         for request in self._scheduler.fail(step):
             request.error = error
-            self._requests.pop(request.id, None)
-        self._tell(open_ones)
+            self._tell(s for s in request.sequences if s.finish_reason == "error")
 
     def _tell(self, ended: Iterable[Sequence]) -> None:
         self._ended += [Update(sequence, [], []) for sequence in ended]

@@ -42,7 +42,6 @@ class Result:
 class Flight:
     """A launched step, whose tokens are on their way to the host."""
 
-    step: Step
     drawn: list[Chunk]
     tokens: Tensor
     logprobs: tuple[Tensor, Tensor, Tensor] | None
@@ -138,9 +137,9 @@ class Runner:
         hidden, logits = self._run(wanted, self._prompt_rows(step.chunks))
         prompts = self._prompt_logprobs(step.chunks, hidden)
         if not drawn:
-            return self._fly(Flight(step, drawn, torch.empty(0, dtype=torch.int64), None, prompts))
+            return self._fly(Flight(drawn, torch.empty(0, dtype=torch.int64), None, prompts))
         out = self.sampler.draw(logits[: len(drawn)], drawn, self.inputs)
-        return self._fly(Flight(step, drawn, out.tokens, out.logprobs, prompts))
+        return self._fly(Flight(drawn, out.tokens, out.logprobs, prompts))
 
     def _admit(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:

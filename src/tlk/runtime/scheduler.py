@@ -86,14 +86,15 @@ class Scheduler:
         if others:
             self._unforked[request.id] = others
 
-    def abort(self, request_id: str) -> bool:
-        """End a request wherever it is, and free all it holds; whether there was one to end."""
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End a request wherever it is, and free all it holds; its sequences that this ended."""
         request = self._requests.get(request_id)
         if request is None:
-            return False
-        for sequence in self._end(request, "abort"):
+            return []
+        ended = self._end(request, "abort")
+        for sequence in ended:
             self._leave(sequence)
-        return True
+        return ended
 
     def fail(self, step: Step) -> list[Request]:
         """End the requests of a step that could not be launched; what it would have computed is lost."""
