@@ -12,6 +12,7 @@ from tlk.bench import command
 from tlk.bench.serving import Kind
 from tlk.demo import compare, generate
 from tlk.errors import TlkError
+from tlk.hf.weights import DTYPES
 from tlk.optimize import optimize
 from tlk.verify import verify
 
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_place(parser: argparse.ArgumentParser, dtype: str) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *generate.DTYPES), default=dtype)
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default=dtype)
 
 
 def _demo(

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from tlk.errors import CapacityError, CheckpointError, UnsupportedError
+from tlk.errors import CapacityError, CheckpointError
 from tlk.hf.checkpoint import load_model, load_tokenizer
+from tlk.hf.weights import DTYPES
+from tlk.llm import load as llm_load
 from tlk.optimize import optimize
 
 EMBEDDED = Path(__file__).parent / "model"
 """The model that comes with the package; `card.json` beside it says how it was made."""
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def stream(
@@ -98,11 +98,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tens
 
 def pick_device(name: str) -> str:
     """ "auto" is the GPU if there is one; raises UnsupportedError for "cuda" without one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("device cuda: torch finds no GPU here, `tlk doctor` says why")
-    return name
+    return llm_load.pick_device(name).type
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
