@@ -4,6 +4,7 @@ On a CPU every operation runs as its PyTorch reference.
 """
 
 from tlk.kernels._op import count_ops
+from tlk.kernels.act_quant import gated_quant, quantize_act, rms_norm_quant
 from tlk.kernels.activation import gelu_and_mul, relu_squared, silu_and_mul
 from tlk.kernels.flash_attention import flash_attention
 from tlk.kernels.gated_linear import gated_linear
@@ -15,6 +16,7 @@ from tlk.kernels.norm_linear import norm_linear
 from tlk.kernels.paged_attention import paged_attention
 from tlk.kernels.rope import rope_and_write_kv_
 from tlk.kernels.sampling import apply_penalties_, sample, top_logprobs
+from tlk.kernels.scaled_mm import scaled_mm
 from tlk.kernels.step import expand_step
 
 __all__ = [
@@ -24,16 +26,20 @@ __all__ = [
     "expand_step",
     "flash_attention",
     "gated_linear",
+    "gated_quant",
     "gelu_and_mul",
     "layer_norm",
     "likeliest_",
     "matmul",
     "norm_linear",
     "paged_attention",
+    "quantize_act",
     "relu_squared",
     "rms_norm",
+    "rms_norm_quant",
     "rope_and_write_kv_",
     "sample",
+    "scaled_mm",
     "silu_and_mul",
     "top_logprobs",
     "write_kv_",

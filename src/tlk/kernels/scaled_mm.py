@@ -1,0 +1,339 @@
+"""Linear layer whose weight and activations are 8 bits wide, with a fused epilogue.
+
+    y = act(Σ_k x w · s_x s_w + b) + residual              x [M, K], W [N, K], float8_e4m3fn or int8
+
+Scales are float32, one for each row of x and of W, or for float8 one for each 1 × 128 block of x and
+128 × 128 block of W (DeepSeek-AI, "DeepSeek-V3 Technical Report", https://arxiv.org/abs/2412.19437). The
+epilogue runs in float32 and y is rounded once. What runs depends on the shape; tables of measured
+configurations (tuning.py) come before these defaults:
+
+- up to `FEW_ROWS` rows ("dot"): tensor cores, with W as the left operand.
+- more ("tma" on sm_90 and newer, "tile"): tiled matmuls.
+- "cublas": torch._scaled_mm, or torch._int_mm and one kernel for scales and epilogue. Its float8 sums are
+  rounded to bfloat16 before an epilogue other than a bias.
+- int8 below sm_80, where Triton has no tensor cores: "sums" for up to 16 rows, cuBLAS for more.
+
+Cost: N·K bytes for small M (W is read once), 2·M·N·K operations for large M.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tlk.errors import UnsupportedError
+from tlk.kernels._check import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+)
+from tlk.kernels._device import sm, sm_count
+from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._linear import _activated
+from tlk.kernels._op import op
+from tlk.kernels._scaled import in_boxes, launch
+from tlk.kernels.act_quant import GROUP, LARGEST, require_fp8
+from tlk.kernels.matmul import ACTIVATIONS, activate_reference
+from tlk.kernels.tuning import Config, lookup
+
+BACKENDS = (None, "triton", "cublas")
+
+VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+
+FEW_ROWS = 64  # up to here W is the left operand
+SUM_ROWS = 16  # up to here "sums" serves int8 without tensor cores
+
+CUBLAS: Config = {"backend": "cublas"}
+
+
+def scaled_mm_reference(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.int8 else torch.float32  # integer sums are exact
+    a, b = x.to(wide), weight.to(wide)
+    blockwise = is_blockwise(weight, weight_scale)
+    if blockwise:
+        k = x.shape[-1]
+        a = a * x_scale.repeat_interleave(GROUP, -1)[..., :k]
+        rows = weight_scale.repeat_interleave(GROUP, 0)[: weight.shape[0]]
+        b = b * rows.repeat_interleave(GROUP, 1)[:, :k]
+    y = F.linear(a, b).float()
+    if not blockwise:
+        y = y * x_scale * weight_scale.T
+    y = activate_reference(y if bias is None else y + bias.float(), activation)
+    return (y if residual is None else y + residual.float()).to(out_dtype)
+
+
+@triton.jit
+def _scale_kernel(
+    sums_ptr, xs_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr,
+    N, stride_xs, stride_ws, stride_residual, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = act(sums · s_x s_w + b) + residual, one program per BLOCK columns of a row; no xs: no scales."""
+    blocks = tl.cdiv(N, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(sums_ptr + row * N + n, n < N, other=0).to(tl.float32)
+    if xs_ptr is not None:
+        sx = tl.load(xs_ptr + row * stride_xs)
+        y = y * sx * tl.load(ws_ptr + n * stride_ws, n < N, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
+    y = _activated(y, ACTIVATION)
+    if residual_ptr is not None:
+        at = residual_ptr + row * stride_residual + n
+        y += tl.load(at, n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), n < N)
+
+
+def kind_of(weight: Tensor, weight_scale: Tensor) -> str:
+    """The op that tables know a call as."""
+    if weight.dtype == torch.int8:
+        return "scaled_mm.int8"
+    return "scaled_mm.fp8_block" if is_blockwise(weight, weight_scale) else "scaled_mm.fp8"
+
+
+def is_blockwise(weight: Tensor, weight_scale: Tensor) -> bool:
+    """Whether scales are of blocks, and not of rows."""
+    return weight_scale.shape != (weight.shape[0], 1)
+
+
+@lru_cache
+def few_rows_config(arch: int, processors: int, m: int, n: int, k: int, blockwise: bool) -> Config:
+    """The Triton configuration for up to `FEW_ROWS` rows; fits every SM."""
+    block_m = min(max(next_power_of_2(max(m, 1)), 8), 64)
+    memory = (128 if arch in (80, 90, 100) else 80) * 1024
+    meta = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "PREFETCH": 256, "PROMOTE": 128}
+    meta |= {"num_warps": 4, "num_stages": min(memory // ((64 + block_m) * 128), 8)}
+    return {"backend": "triton", "kernel": "dot", "meta": meta}
+
+
+@lru_cache
+def sums_config(m: int) -> Config:
+    """The Triton configuration without tensor cores."""
+    block_m = min(next_power_of_2(max(m, 1)), 8)
+    meta = {"BLOCK_M": block_m, "BLOCK_N": 4 if block_m < 4 else 2}
+    meta |= {"BLOCK_K": 2048 if block_m < 4 else 1024, "num_warps": 4}
+    return {"backend": "triton", "kernel": "sums", "meta": meta}
+
+
+@lru_cache
+def tile_config(arch: int, boxes: bool, blockwise: bool) -> Config:
+    """The Triton configuration for many rows; fits every SM."""
+    if arch in (90, 100) and boxes:
+        block = (128, 128, 128)
+        meta = {"PARTS": 1, "FLATTEN": False, "PER_SM": 1, "num_warps": 8, "num_stages": 4}
+        kernel = "tma"
+    else:
+        block = (128, 128, 128) if arch in (80, 90, 100) else (128, 128, 64)
+        if blockwise:
+            block = (128, 64, 128) if arch not in (80, 90, 100) else block
+        meta = {"num_warps": 8, "num_stages": 3}
+        kernel = "tile"
+    meta |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True))
+    meta |= {"GROUP_M": 8, "PROMOTE": block[2]}
+    return {"backend": "triton", "kernel": kernel, "meta": meta}
+
+
+def cublas_refuses(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype
+) -> str | None:
+    """Why torch has no matmul for such a call, or None."""
+    m, (n, k) = x.shape[:-1].numel(), weight.shape
+    if weight.dtype == torch.int8:
+        if m <= 16 or n % 8 or k % 8:
+            return (
+                f"torch._int_mm wants more than 16 rows and N and K divisible by 8, got {(m, n, k)}"
+            )
+        return None
+    if is_blockwise(weight, weight_scale):
+        return "scales of blocks run on Triton"
+    if n % 16 or k % 16:
+        return f"torch._scaled_mm wants N and K divisible by 16, got {(n, k)}"
+    if out_dtype != torch.bfloat16:
+        return f"torch._scaled_mm with scales of rows writes bfloat16, not {out_dtype}"
+    return None
+
+
+def choose(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype, backend: str | None
+) -> Config:
+    """The configuration of one call: forced, measured or the default."""
+    refusal = cublas_refuses(x, weight, weight_scale, out_dtype)
+    if backend == "cublas":
+        if refusal is not None:
+            raise UnsupportedError(f'{refusal}: use backend="triton"')
+        return CUBLAS
+    arch, m, (n, k) = sm(x.device), x.shape[:-1].numel(), weight.shape
+    boxes = arch >= 90 and in_boxes(x.reshape(m, k)) and in_boxes(weight)
+    if backend is None:
+        config = lookup(kind_of(weight, weight_scale), VERSION, x.device, x.dtype, (n, k), m)
+        if config is not None and _runs(config, boxes, refusal):
+            return config
+    if arch < 80:
+        few = m <= SUM_ROWS or refusal is not None or backend == "triton"
+        return sums_config(m) if few else CUBLAS
+    blockwise = is_blockwise(weight, weight_scale)
+    if m <= FEW_ROWS:
+        return few_rows_config(arch, sm_count(x.device), m, n, k, blockwise)
+    return tile_config(arch, boxes, blockwise)
+
+
+def _runs(config: Config, boxes: bool, refusal: str | None) -> bool:
+    """Whether a configuration that was measured on another call serves this one."""
+    if config["backend"] == "cublas":
+        return refusal is None
+    return boxes or config["kernel"] != "tma"
+
+
+def _cublas(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    n, k = weight.shape
+    m = x.shape[:-1].numel()
+    rows, scales = x.reshape(m, k), x_scale.reshape(m, 1)
+    is_int = x.dtype == torch.int8
+    if is_int:
+        sums = torch._int_mm(rows, weight.T)
+    else:
+        sums = torch._scaled_mm(
+            rows, weight.T, scales.contiguous(), weight_scale.T.contiguous(), out_dtype=out_dtype
+        )
+        if bias is None and activation is None and residual is None:
+            return sums.view(*x.shape[:-1], n)
+    y = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device) if is_int else sums
+    stride_residual = 0
+    if residual is not None:
+        residual = residual.reshape(m, n)
+        stride_residual = residual.stride(0)
+    block = min(next_power_of_2(n), 1024)
+    _scale_kernel[(m * cdiv(n, block),)](
+        sums, scales if is_int else None, weight_scale, bias, residual, y, n, scales.stride(0),
+        weight_scale.stride(0), stride_residual, activation, block,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n)
+
+
+def _chosen_backend(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> str:
+    return str(choose(x, weight, weight_scale, out_dtype, backend)["backend"])
+
+
+@op(scaled_mm_reference, backend=_chosen_backend)
+def _scaled_mm(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> Tensor:
+    require_fp8(x.device, x.dtype)
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    config = choose(x, weight, weight_scale, out_dtype, backend)
+    if config["backend"] == "cublas":
+        return _cublas(x, x_scale, weight, weight_scale, bias, activation, residual, out_dtype)
+    blockwise = is_blockwise(weight, weight_scale)
+    launch(config, x, x_scale, weight, weight_scale, bias, activation, y, residual, blockwise)
+    return y
+
+
+def scaled_mm(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> Tensor:
+    """Return ``act((x · x_scale) @ (weight · weight_scale).T + bias) + residual`` [..., N] in `out_dtype`.
+
+    `x` [..., K] and `weight` [N, K] are both float8_e4m3fn or both int8, with float32 scales [..., 1]
+    and [N, 1], or for float8 [..., ceil(K / 128)] and [ceil(N / 128), ceil(K / 128)], as `quantize_act`
+    gives them. `bias` [N] is float32, float16 or bfloat16, `residual` [..., N] in `out_dtype`, one of
+    the same. Rows may be strided; the last dimension is contiguous. `activation` is None, "silu",
+    "gelu", "gelu_tanh" or "relu_squared". `backend` None runs what is fastest as far as known,
+    "triton" and "cublas" insist.
+    Raises TypeError or ValueError naming the argument that does not fit, and UnsupportedError for
+    float8 on a GPU below sm_89, or where "cublas" has no such matmul.
+    """
+    _check_operands(x, x_scale, weight, weight_scale)
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    n = weight.shape[0]
+    if bias is not None:
+        check_dtype("bias", bias, *FLOATS)
+        check_shape("bias", bias, n)
+        check_device("bias", bias, x.device)
+        check_last_dim_contiguous("bias", bias)
+    if residual is not None:
+        check_dtype("residual", residual, out_dtype)
+        check_shape("residual", residual, *x.shape[:-1], n)
+        check_device("residual", residual, x.device)
+        check_last_dim_contiguous("residual", residual)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {activation!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _scaled_mm(
+        x, x_scale, weight, weight_scale, bias, activation, residual, out_dtype, backend
+    )  # fmt: skip
+
+
+def _check_operands(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+    check_dtype("x", x, *LARGEST)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension to sum over, got shape {tuple(x.shape)}")
+    check_dtype("weight", weight, x.dtype)
+    check_shape("weight", weight, None, x.shape[-1])
+    check_last_dim_contiguous("x", x)
+    check_last_dim_contiguous("weight", weight)
+    check_dtype("weight_scale", weight_scale, torch.float32)
+    check_dtype("x_scale", x_scale, torch.float32)
+    (n, k), columns = weight.shape, 1
+    if x.dtype == torch.int8 or not is_blockwise(weight, weight_scale):
+        check_shape("weight_scale", weight_scale, n, 1)
+    else:
+        columns = cdiv(k, GROUP)
+        if weight_scale.shape != (cdiv(n, GROUP), columns):
+            raise ValueError(
+                f"weight_scale must have shape ({n}, 1) or ({cdiv(n, GROUP)}, {columns}), "
+                f"got {tuple(weight_scale.shape)}"
+            )
+    check_shape("x_scale", x_scale, *x.shape[:-1], columns)
+    check_last_dim_contiguous("x_scale", x_scale)
+    check_last_dim_contiguous("weight_scale", weight_scale)
+    for name, tensor in (("x_scale", x_scale), ("weight", weight), ("weight_scale", weight_scale)):
+        check_device(name, tensor, x.device)
