@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     modules = load_cases()
     if unknown := set(args.only or ()) - modules.keys():
         parser.error(f"--only must name modules of {sorted(modules)}, got {sorted(unknown)}")
-    cases = [case for name in args.only or modules for case in modules[name]]
+    cases = [case for name in args.only or modules for case in modules[name] if case.gate]
     kernels, wrong = run(list(plan(cases, args.sm, args.dtype)), args.jobs)
     print(table(list(kernels.values())))
     print(f"{len(kernels)} kernels from {len(cases)} cases, {len(wrong)} violations")

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,9 @@ class Case:
 
     `bytes(itemsize)` is what must move through device memory at least once, `flops` the
     multiply-adds counted twice. `reference` and `peers` take the same arguments as `run`.
+    `options` are what `run` knows beside the tensors, for peers of other packages
+    (`tlk.bench.kernel_peers`). A case without `gate` is timed but not compiled ahead of time:
+    its kernels are those of another case.
     """
 
     op: str
@@ -48,6 +51,8 @@ class Case:
     flops: int = 0
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gate: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}"

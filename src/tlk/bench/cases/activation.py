@@ -1,4 +1,4 @@
-"""Activations of the MLPs of Llama-3.1-8B (silu), Gemma (gelu) and Nemotron (relu squared)."""
+"""Activations of the MLPs of Llama-3.1 and DeepSeek-V3 (silu), Gemma (gelu) and Nemotron (relu squared)."""
 
 from functools import partial
 from typing import Literal
@@ -27,13 +27,14 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(gate, approximate=approximate) * up
 
 
-def _silu_case(t: int, width: int) -> Case:
+def _silu_case(t: int, width: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return (new.randn(t, 2 * width),)
 
     return Case(
         "silu_and_mul", f"T{t}-I{width}", inputs, silu_and_mul,
         lambda size: 3 * t * width * size, silu_and_mul_reference, peers={"torch": _silu},
+        gate=gate,
     )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def _gelu_case(t: int, width: int, approximate: Literal["none", "tanh"]) -> Case
         partial(gelu_and_mul, approximate=approximate), lambda size: 3 * t * width * size,
         partial(gelu_and_mul_reference, approximate=approximate),
         peers={"torch": partial(_gelu, approximate=approximate)},
+        options={"approximate": approximate},
     )  # fmt: skip
 
 
@@ -64,6 +66,8 @@ APPROXIMATE: tuple[Literal["none", "tanh"], ...] = ("none", "tanh")
 
 CASES: tuple[Case, ...] = (
     *(_silu_case(t, 14336) for t in (1, 16, 128, 8192)),
+    # Llama-3.1-70B, the dense layers and the shared expert of DeepSeek-V3
+    *(_silu_case(t, n, gate=False) for t in (1, 128, 8192) for n in (28672, 18432, 2048)),
     *(_gelu_case(t, 14336, a) for t in (1, 8192) for a in APPROXIMATE),
     *(_relu_case(t, 16384) for t in (1, 128, 8192)),
 )

@@ -27,6 +27,7 @@ class Attention:
     softcap: float = 0.0
     sinks: bool = False
     varlen: bool = False
+    gate: bool = True
 
     def inputs(self, make: Inputs) -> tuple[Any, ...]:
         starts = make.tensor([0, *accumulate(self.lengths)]) if self.varlen else None
@@ -93,6 +94,8 @@ class Attention:
             reference=self.reference,
             flops=self.flops(),
             peers={"sdpa": self.sdpa} if plain else {},
+            options={"causal": self.causal, "window": self.window, "softcap": self.softcap},
+            gate=self.gate,
         )
 
 
@@ -120,5 +123,16 @@ CASES = tuple(
         Attention("short-64", (16,) * 16, 16, 16, d=64, keys=1500),
         Attention("short-128", (16,) * 16, *LLAMA, keys=4096),
         Attention("short-256", (16,) * 16, 16, 8, d=256, keys=4096),
+        Attention("mha-16384", (16384,), 32, 32, causal=True, gate=False),
+        Attention("mha-full-16384", (16384,), 32, 32, gate=False),
+        *(
+            Attention(f"d64-{name}{n}", (n,), 64, 64, d=64, causal=causal, gate=False)
+            for name, causal in (("", True), ("full-", False))
+            for n in (4096, 16384)
+        ),
+        Attention("llama-70b-8192", (8192,), 64, 8, causal=True, gate=False),
+        Attention("qwen3-30b-4096", (4096,) * 4, 32, 4, causal=True, gate=False),
+        Attention("deepseek-v3-4096", (4096,), 128, 128, d=192, dv=128, causal=True, gate=False),
+        Attention("sd3.5-4429", (4429,) * 2, 38, 38, d=64, gate=False),
     )
 )

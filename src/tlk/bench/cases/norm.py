@@ -1,4 +1,4 @@
-"""Norms of Llama-3.1-8B, the query heads of Qwen3, and rows of every size that has its own configuration."""
+"""Norms of Llama-3.1, Qwen3 and its query heads, DeepSeek-V3, FLUX.1 and SD3.5, and every other width that has its own configuration."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,13 +27,13 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
-def _rms_case(t: int, n: int) -> Case:
+def _rms_case(t: int, n: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return new.randn(t, n), new.randn(n)
 
     return Case(
         "rms_norm", f"T{t}-N{n}", inputs, rms_norm, lambda size: (2 * t + 1) * n * size,
-        rms_norm_reference, peers={"torch": _rms},
+        rms_norm_reference, peers={"torch": _rms}, gate=gate,
     )  # fmt: skip
 
 
@@ -47,28 +47,29 @@ def _heads_case(t: int, heads: int, d: int, width: int) -> Case:
     )  # fmt: skip
 
 
-def _add_case(t: int, n: int) -> Case:
+def _add_case(t: int, n: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return new.randn(t, n), new.randn(t, n), new.randn(n)
 
     return Case(
         "add_rms_norm", f"T{t}-N{n}", inputs, add_rms_norm, lambda size: (4 * t + 1) * n * size,
-        add_rms_norm_reference, peers={"torch": _add_rms},
+        add_rms_norm_reference, peers={"torch": _add_rms}, gate=gate,
     )  # fmt: skip
 
 
-def _layer_case(t: int, n: int) -> Case:
+def _layer_case(t: int, n: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return new.randn(t, n), new.randn(n), new.randn(n)
 
     return Case(
         "layer_norm", f"T{t}-N{n}", inputs, layer_norm, lambda size: (2 * t + 2) * n * size,
-        layer_norm_reference, peers={"torch": _layer},
+        layer_norm_reference, peers={"torch": _layer}, gate=gate,
     )  # fmt: skip
 
 
 TOKENS = (1, 16, 128, 8192)
 WIDTHS = (1024, 2048, 5120, 14336, 18432)
+HIDDEN = (2048, 7168, 8192)  # Qwen3-30B-A3B, DeepSeek-V3, Llama-3.1-70B
 
 CASES: tuple[Case, ...] = (
     *(_rms_case(t, 4096) for t in TOKENS),
@@ -78,4 +79,8 @@ CASES: tuple[Case, ...] = (
     *(_add_case(4096, n) for n in WIDTHS),
     *(_layer_case(t, 4096) for t in TOKENS),
     *(_layer_case(4096, n) for n in WIDTHS),
+    *(_rms_case(t, n, gate=False) for t in (1, 128, 8192) for n in HIDDEN),
+    *(_add_case(t, n, gate=False) for t in (1, 128, 8192) for n in HIDDEN),
+    _layer_case(4608, 3072, gate=False),  # FLUX.1
+    _layer_case(8858, 2432, gate=False),  # SD3.5 large, two images
 )

@@ -31,6 +31,7 @@ class Step:
     sinks: bool = False
     deterministic: bool = False
     dtypes: tuple[torch.dtype, ...] = HALF
+    gate: bool = True
 
     def inputs(self, make: Inputs) -> tuple[Any, ...]:
         seqs, pages = len(self.queries), -(-self.length // self.page)
@@ -108,6 +109,12 @@ class Step:
             flops=4 * self.d * self.heads * sum(self.seen(n) for n in self.queries),
             peers={"sdpa-dense": self.dense} if plain and alike else {},
             dtypes=self.dtypes,
+            options={
+                "decode": set(self.queries) == {1},
+                "window": self.window,
+                "softcap": self.softcap,
+            },
+            gate=self.gate,
         )
 
 
@@ -139,6 +146,8 @@ STEPS = (
     Step("chunk-B1-S8192-Q2048-page64", (2048,), 8192, page=64),
     Step("mixed-Q512-and-120-page64", (512, *(1,) * 120), 1024, page=64),
     Step("mixed-Q2048-and-63", (2048, *(1,) * 63), 4096, dtypes=ANY),
+    Step("decode-B32-S4096-llama-70b", (1,) * 32, 4096, 64, 8, gate=False),
+    Step("decode-B64-S2048-qwen3-30b", (1,) * 64, 2048, 32, 4, gate=False),
     *(
         Step(f"{name}-deterministic", queries, length, dtypes=ANY, deterministic=True)
         for name, queries, length in (

@@ -56,6 +56,7 @@ def _sample_case(rows: int, columns: int, name: str) -> Case:
     return Case(
         "sample", f"S{rows}-V{columns}-{name}", inputs, sample,
         lambda size: rows * columns * size, sample_reference, peers={"torch": _torch_sample},
+        options=dict(zip(("temperature", "top_k", "top_p", "min_p"), SETTINGS[name], strict=True)),
     )  # fmt: skip
 
 

@@ -1,0 +1,39 @@
+"""What the kernels are measured against, by op: other packages' kernels, and plain torch, compiled too."""
+
+from tlk.bench.case import Case
+from tlk.bench.kernel_peers import flashinfer_peers, liger_peers, torch_peers
+from tlk.bench.kernel_peers.peer import Peer, plain
+
+PEERS: dict[str, tuple[Peer, ...]] = {
+    "flash_attention": (*flashinfer_peers.FLASH_ATTENTION, *torch_peers.FLASH_ATTENTION),
+    "rms_norm": (flashinfer_peers.RMS_NORM, liger_peers.RMS_NORM),
+    "add_rms_norm": (flashinfer_peers.ADD_RMS_NORM, liger_peers.ADD_RMS_NORM),
+    "layer_norm": (liger_peers.LAYER_NORM,),
+    "silu_and_mul": (flashinfer_peers.SILU_AND_MUL, liger_peers.SILU_AND_MUL),
+    "gelu_and_mul": (flashinfer_peers.GELU_AND_MUL,),
+    "rope_and_write_kv_": (liger_peers.ROPE,),
+    "sample": flashinfer_peers.SAMPLE,
+}
+# Their results are a matter of chance, or of which of equal logits comes first.
+UNCOMPARED = {"sample", "likeliest_", "top_logprobs"}
+# Of plain torch, which rounds between its ops.
+TOLERANCE = 0.03
+
+
+def peers_of(case: Case) -> tuple[Peer, ...]:
+    """The peers of `case`: its own, the first of them compiled too if it is plain torch, and PEERS."""
+    compared = case.op not in UNCOMPARED
+    own = [
+        Peer(name, plain(run), compared=compared, tolerance=TOLERANCE)
+        for name, run in case.peers.items()
+    ]
+    if "torch" in case.peers:
+        own.append(torch_peers.inductor(case.peers["torch"], compared))
+    return (*PEERS.get(case.op, _paged(case)), *own)
+
+
+def _paged(case: Case) -> tuple[Peer, ...]:
+    if case.op != "paged_attention":
+        return ()
+    decode = case.options.get("decode")
+    return (flashinfer_peers.DECODE if decode else flashinfer_peers.PAGED_PREFILL,)
