@@ -155,6 +155,17 @@ def test_kernel_draws_every_kept_token_and_no_other(device, small_tiles):
     assert sorted(set(sample(logits, *args)[0].tolist())) == kept
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("keep", [False, True])
+def test_refused_tokens_are_drawn_again(parts, keep, device, small_tiles, monkeypatch):
+    """Little of a flat row is kept, so that most first tokens are refused, and some several times."""
+    monkeypatch.setattr(sampling, "draw_config", lambda *_: (parts, keep))
+    logits = torch.randn(12, 700, device=device)
+    agrees(
+        logits, requests([(3.0, 0, 0.05, 0.0), (1.0, 0, 0.3, 0.0), (9.0, 0, 1.0, 0.8)] * 4, device)
+    )
+
+
 def test_tokens_do_not_depend_on_the_batch(device, small_tiles):
     logits = torch.randn(6, 300, device=device) * 2
     args = requests(SETTINGS[2:8], device)
@@ -418,6 +429,7 @@ def test_top_logprobs_lists_no_impossible_token(device, small_tiles):
 def test_the_kernels_ran_and_not_their_references(device, monkeypatch):
     logits, args = torch.randn(2, 1500, device=device), penalties(2, 1500, device)
     for name, grid, run in (
+        ("_draw_kernel", (2, 4), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_sample_kernel", (2,), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_apply_penalties_kernel", (2, 2), lambda: apply_penalties_(logits, *args)),
         ("_top_logprobs_kernel", (2,), lambda: top_logprobs(logits, args[1][:, 0].long(), 1)),

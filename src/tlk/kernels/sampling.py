@@ -12,10 +12,14 @@ The filters come in the order of vLLM and transformers and keep all tokens that 
 (`_threshold.py`). NaN counts as -inf, +inf as the largest float32. A row without any logit above -inf
 gives token 0 and log-probability -inf.
 
-Plan of `sample`, one program per row and no sort: one pass keeps the four largest values of each lane
-in registers, where usual thresholds are found and the token is drawn; a second one, from L2, takes the
-log-sum-exp. S·V·itemsize bytes from memory, about 40 instructions per logit. Rows that keep more than
-the registers hold cost a few passes more, and the draw 60 instructions per logit.
+Plan of `sample`, two launches and no sort. Without top-k a row needs no threshold: the first launch
+draws from all of it, in pieces, and sums the mass. The second accepts the token if what lies above it
+is less than top-p of the mass; if not, it and all below it are out and the best of the rest is next.
+That is the draw from what is kept: its winner beats whatever outdoes it in the whole row only after
+that was refused. A token is accepted with probability top-p or more. Of rows with top-k, one program
+each keeps the four largest values of each lane in registers, where usual thresholds are found and the
+token is drawn, and takes the log-sum-exp in a second pass. S·V·itemsize bytes from memory and some 60
+or 40 instructions per logit; rows that keep more than the registers hold cost a few passes more.
 `apply_penalties_` moves 13·S·V bytes, `top_logprobs` S·V·itemsize.
 """
 
@@ -31,10 +35,12 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
+from tlk.kernels._device import sm_count
+from tlk.kernels._draw import _draw_kernel, accepted, draw_lane, draw_row, in_bounds
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
-from tlk.kernels._philox import QUARTER, gumbel, gumbel_reference, philox
+from tlk.kernels._philox import QUARTER, gumbel_reference
 from tlk.kernels._threshold import (
     LOWEST,
     cleaned,
@@ -96,121 +102,86 @@ def _token_logprobs(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 @triton.jit
-def _draw_lane(
-    best, token, v, c, n_cols, threshold, top, inv_t, seed, offset, QUARTER: tl.constexpr
-):
-    """The better of (`best`, `token`) and the best of columns `c` with logits `v`."""
-    if tl.max(v, 0) >= threshold:
-        group, place = c // QUARTER, c % QUARTER
-        r0, r1, r2, r3 = philox(group // 4 * QUARTER + place, seed, offset)
-        word = group % 4
-        bits = tl.where(word == 0, r0, tl.where(word == 1, r1, tl.where(word == 2, r2, r3)))
-        score = (v - top) * inv_t + gumbel(bits)
-        score = tl.where(v >= threshold, score, float("-inf"))
-        score_max = tl.max(score, 0)
-        column = tl.min(tl.where(score == score_max, c, n_cols), 0)
-        if (score_max > best) | ((score_max == best) & (column < token)):
-            best, token = score_max, column
-    return best, token
-
-
-@triton.jit
-def _better(best, token, row_ptr, cols, bits, n_cols, threshold, top, inv_t):
-    x = load_row(row_ptr, cols, n_cols)
-    score = tl.where(x >= threshold, (x - top) * inv_t + gumbel(bits), float("-inf"))
-    return tl.where(score > best, score, best), tl.where(score > best, cols, token)
-
-
-@triton.jit
-def _draw_row(
-    token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
-    QUARTER: tl.constexpr, WIDTH: tl.constexpr,
+def _by_lanes(
+    row_ptr, n_cols, temperature, top_k, top_p, min_p, seed, offset,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The token drawn from all of the row, or `token` if nothing reaches the threshold."""
-    best = tl.full([WIDTH], float("-inf"), tl.float32)
-    tokens = tl.zeros([WIDTH], tl.int32) + token
-    for base in range(0, n_cols, 4 * QUARTER):
-        for start in range(0, tl.minimum(QUARTER, n_cols - base), WIDTH):
-            place = start + tl.arange(0, WIDTH)
-            r0, r1, r2, r3 = philox(base // 4 + place, seed, offset)
-            cols = base + place
-            best, tokens = _better(best, tokens, row_ptr, cols, r0, n_cols, threshold, top, inv_t)
-            cols += QUARTER
-            best, tokens = _better(best, tokens, row_ptr, cols, r1, n_cols, threshold, top, inv_t)
-            cols += QUARTER
-            best, tokens = _better(best, tokens, row_ptr, cols, r2, n_cols, threshold, top, inv_t)
-            cols += QUARTER
-            best, tokens = _better(best, tokens, row_ptr, cols, r3, n_cols, threshold, top, inv_t)
-    return tl.min(tl.where(best == tl.max(best, 0), tokens, n_cols), 0)
-
-
-@triton.jit
-def _sample_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
-    tokens_ptr, logprobs_ptr, stride, n_cols,
-    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    allow_next(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    wait_for_previous(PDL)
+    """The token of a row with top-k, or of one that takes the largest, and the largest logit."""
     v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
     top = tl.max(v0, 0)
     token = tl.min(tl.where(v0 == top, c0, n_cols), 0)
     top = tl.maximum(top, LOWEST)
-    temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
-        temperature = tl.minimum(tl.maximum(temperature, 1e-30), 1e30)
+        temperature = in_bounds(temperature)
         inv_t = tl.div_rn(1.0, temperature)
-        top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        min_p = tl.load(min_p_ptr + row)
-        seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
         floor = top + temperature * tl.log(tl.minimum(tl.maximum(min_p, 1e-37), 1.0))
         floor = tl.where(min_p > 0, tl.maximum(floor, LOWEST), LOWEST)
-        by_k, by_p = (top_k > 0) & (top_k < n_cols), top_p < 1
+        by_p = top_p < 1
         lo, hi = key_of(tl.minimum(top, LOWEST), SHIFT), key_of(top, SHIFT) + 1
-        kth, pth = lo, lo
-        if by_k:
-            kth = lane_search(v0, v1, v2, v3, lo, hi, top_k, top, inv_t, False, SHIFT)
+        kth = lane_search(v0, v1, v2, v3, lo, hi, top_k, top, inv_t, False, SHIFT)
+        pth = kth
         if by_p:
-            if by_k:
-                mass = lane_sum(v0, v1, v2, v3, value_of(kth, SHIFT), top, inv_t, True)
-            else:
-                mass = row_mass(row_ptr, n_cols, LOWEST, top, inv_t, BLOCK)
+            mass = lane_sum(v0, v1, v2, v3, value_of(kth, SHIFT), top, inv_t, True)
             pth = lane_search(v0, v1, v2, v3, kth, hi, top_p * mass, top, inv_t, True, SHIFT)
-        threshold = tl.maximum(tl.maximum(value_of(kth, SHIFT), value_of(pth, SHIFT)), floor)
+        threshold = tl.maximum(value_of(pth, SHIFT), floor)
         # The mass that top-p is a part of is right only if the lanes hold all that top-k left.
-        held = tl.where(by_k & by_p, value_of(kth, SHIFT), threshold)
+        held = tl.where(by_p, value_of(kth, SHIFT), threshold)
         if tl.max(v3, 0) < held:
             best = float("-inf")
-            best, token = _draw_lane(
+            best, token = draw_lane(
                 best, token, v0, c0, n_cols, threshold, top, inv_t, seed, offset, QUARTER
             )
-            best, token = _draw_lane(
+            best, token = draw_lane(
                 best, token, v1, c1, n_cols, threshold, top, inv_t, seed, offset, QUARTER
             )
-            best, token = _draw_lane(
+            best, token = draw_lane(
                 best, token, v2, c2, n_cols, threshold, top, inv_t, seed, offset, QUARTER
             )
-            best, token = _draw_lane(
+            best, token = draw_lane(
                 best, token, v3, c3, n_cols, threshold, top, inv_t, seed, offset, QUARTER
             )
         else:
             # what the lanes found counts too little, so it is at or below the threshold sought
-            if by_k:
-                kth = row_search(row_ptr, n_cols, kth, hi, top_k, top, inv_t, False, SHIFT, BLOCK)
-                pth = kth
+            kth = row_search(row_ptr, n_cols, kth, hi, top_k, top, inv_t, False, SHIFT, BLOCK)
+            pth = kth
             if by_p:
                 mass = row_mass(row_ptr, n_cols, value_of(kth, SHIFT), top, inv_t, BLOCK)
                 pth = row_search(
                     row_ptr, n_cols, pth, hi, top_p * mass, top, inv_t, True, SHIFT, BLOCK
                 )
-            threshold = tl.maximum(tl.maximum(value_of(kth, SHIFT), value_of(pth, SHIFT)), floor)
-            token = _draw_row(
+            threshold = tl.maximum(value_of(pth, SHIFT), floor)
+            token = draw_row(
                 token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
                 QUARTER, BLOCK if BLOCK < QUARTER else QUARTER,
             )  # fmt: skip
-    total = row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK)
+    return token, top
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
+    pieces_ptr, piece_tokens_ptr, noise_ptr, tokens_ptr, logprobs_ptr, stride, n_cols, n_pieces,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    KEEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    allow_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    wait_for_previous(PDL)
+    temperature, top_k = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row)
+    top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
+    if (temperature > 0) & ((top_k <= 0) | (top_k >= n_cols)):
+        token, top, total = accepted(
+            row_ptr, pieces_ptr + row * n_pieces * 4, piece_tokens_ptr + row * n_pieces,
+            noise_ptr + row * n_cols, n_cols, n_pieces, temperature, top_p, min_p, seed, offset,
+            SHIFT, QUARTER, BLOCK, PIECES, KEEP,
+        )  # fmt: skip
+    else:
+        token, top = _by_lanes(
+            row_ptr, n_cols, temperature, top_k, top_p, min_p, seed, offset, SHIFT, QUARTER, BLOCK
+        )
+        total = row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK)
     x = load_row(row_ptr, token, n_cols)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(
@@ -275,6 +246,17 @@ def default_config(n_cols: int) -> tuple[int, int]:
     return block, max(block // 256, 1)
 
 
+def draw_config(n_rows: int, n_cols: int, processors: int) -> tuple[int, bool]:
+    """Programs for 4 · QUARTER columns of a row, enough for all SMs, and whether noise is kept.
+
+    Noise is read again where a token is refused: 15 of the 60 instructions that drawing again takes,
+    for 4·S·V bytes of memory.
+    """
+    programs = n_rows * cdiv(n_cols, 4 * QUARTER)
+    parts = next((p for p in (1, 2, 4) if programs * p >= 2 * processors), 4)
+    return parts, n_rows <= 128
+
+
 # Bits of a float32 that logits of a 16-bit dtype never set.
 _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
@@ -288,12 +270,24 @@ def _sample(
     tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     block, warps = default_config(n_cols)
+    parts, keep = draw_config(n_rows, n_cols, sm_count(logits.device))
+    pieces = cdiv(n_cols, 4 * QUARTER) * parts
+    drawn = torch.empty(n_rows, pieces, 4, dtype=torch.float32, device=logits.device)
+    piece_tokens = torch.empty(n_rows, pieces, dtype=torch.int32, device=logits.device)
+    noise = torch.empty(n_rows * keep, n_cols, dtype=torch.float32, device=logits.device)
     dependent = pdl(logits.device)
     if n_rows:
-        _sample_kernel[(n_rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, offsets, tokens, logprobs,
+        _draw_kernel[(n_rows, pieces)](
+            logits, temperature, top_k, seeds, offsets, drawn, piece_tokens, noise,
             logits.stride(0), n_cols,
-            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, PDL=dependent,
+            QUARTER=QUARTER, PARTS=parts, WIDTH=QUARTER // parts, KEEP=keep, PDL=dependent,
+            num_warps=8 // min(parts, 4), launch_pdl=dependent,
+        )  # fmt: skip
+        _sample_kernel[(n_rows,)](
+            logits, temperature, top_k, top_p, min_p, seeds, offsets, drawn, piece_tokens, noise,
+            tokens, logprobs, logits.stride(0), n_cols, pieces,
+            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block,
+            PIECES=next_power_of_2(pieces), KEEP=keep, PDL=dependent,
             num_warps=warps, launch_pdl=dependent,
         )  # fmt: skip
     return tokens, logprobs
