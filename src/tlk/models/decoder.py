@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tlk.errors import UnsupportedError
 from tlk.models.attention import Attention
 from tlk.models.batch import Batch, KVCache, LayerKV, PagedKV
 from tlk.models.config import (
@@ -119,10 +120,23 @@ class Decoder(nn.Module):
         return self.lm_head(hidden, self.final_norm)
 
 
+def linears(decoder: Decoder) -> dict[str, Linear]:
+    """Every linear layer of `decoder` by its name, in order."""
+    return {name: m for name, m in decoder.named_modules() if isinstance(m, Linear)}
+
+
 def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
-    """A decoder on the same weights with rotary tables of its own, in eval mode."""
+    """A decoder on the same weights with rotary tables of its own, in eval mode.
+
+    Raises UnsupportedError if it is to be `deterministic` and a weight's format is not.
+    """
     with torch.device("meta"):
         other = Decoder(decoder.config, deterministic=deterministic)
+    for (name, mine), theirs in zip(linears(decoder).items(), linears(other).values(), strict=True):
+        if not isinstance(mine.format, Dense):
+            if deterministic and not mine.format.deterministic:
+                raise UnsupportedError(f"{name} is stored as {mine.format}, which is not deterministic")
+            theirs.store(mine.format, mine.packed())
     other.load_state_dict(decoder.state_dict(), strict=True, assign=True)
     return other.eval()
 

@@ -70,6 +70,7 @@ class Linear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    format: Format
 
     def __init__(
         self,
@@ -86,13 +87,22 @@ class Linear(nn.Module):
         elif split == "out":
             out_features = parallel.per_rank("out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.split = format, split
+        self.split = split
         self.sums_ranks = split == "in" and parallel.world() > 1
-        packed = format.empty(out_features, in_features)
-        self.packed_names = tuple(packed)
+        self.packed_names: tuple[str, ...] = ()
+        self.store(format, format.empty(out_features, in_features))
+        self.register_parameter("bias", parameter(torch.empty(out_features)) if bias else None)
+
+    def store(self, format: Format, packed: Packed) -> None:
+        """Keep the weight as `packed` in `format` from now on; what held it before is let go.
+
+        `packed` may lie on the meta device, to be filled later.
+        """
+        for name in self.packed_names:
+            delattr(self, name)
+        self.format, self.packed_names = format, tuple(packed)
         for name, tensor in packed.items():
             self.register_parameter(name, parameter(tensor))
-        self.register_parameter("bias", parameter(torch.empty(out_features)) if bias else None)
 
     def forward(
         self,
@@ -104,11 +114,11 @@ class Linear(nn.Module):
         """Multiply `x` [..., in_features]; `residual` [..., out_features] is added last."""
         x, prologue = _before_linear(x, norm)
         if self.sums_ranks:
-            y = parallel.all_reduce(self.format.linear(x, self._packed(), norm=prologue))
+            y = parallel.all_reduce(self.format.linear(x, self.packed(), norm=prologue))
             return self._finish(y, activation, residual)
         return self.format.linear(
             x,
-            self._packed(),
+            self.packed(),
             norm=prologue,
             bias=self.bias,
             activation=activation,
@@ -121,10 +131,11 @@ class Linear(nn.Module):
             raise ValueError("a gated product needs whole outputs: split='in' sums them over ranks")
         x, prologue = _before_linear(x, norm)
         return self.format.gated_linear(
-            x, self._packed(), activation=activation, norm=prologue, bias=self.bias
+            x, self.packed(), activation=activation, norm=prologue, bias=self.bias
         )
 
-    def _packed(self) -> Packed:
+    def packed(self) -> Packed:
+        """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.packed_names}
 
     def _finish(self, y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
