@@ -6,6 +6,8 @@ On a CPU every operation runs as its PyTorch reference.
 from tlk.kernels._op import count_ops
 from tlk.kernels.act_quant import gated_quant, quantize_act, rms_norm_quant
 from tlk.kernels.activation import gelu_and_mul, relu_squared, silu_and_mul
+from tlk.kernels.dequant_mm import dequant_mm
+from tlk.kernels.dequantize import dequantize
 from tlk.kernels.flash_attention import flash_attention
 from tlk.kernels.gated_linear import gated_linear
 from tlk.kernels.kv_cache import write_kv_
@@ -23,6 +25,8 @@ __all__ = [
     "add_rms_norm",
     "apply_penalties_",
     "count_ops",
+    "dequant_mm",
+    "dequantize",
     "expand_step",
     "flash_attention",
     "gated_linear",

@@ -1,0 +1,217 @@
+"""Linear layer with a quantized weight and activations in the model's own dtype.
+
+    y = act(h Wᵀ + b) + residual                   h = x or rms_norm(x), W dequantized
+    y = act(h Gᵀ + b₁) · (h Uᵀ + b₂)               gated: W = [G; U]
+
+For many rows the weight is dequantized once and cuBLAS multiplies; sums are float32 throughout.
+
+Cost: the packed weight is read once for few rows; 2·M·N·K flops for many.
+"""
+
+import torch
+from torch import Tensor
+
+from tlk.kernels._check import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_shape,
+)
+from tlk.kernels._dequant import Quantized, check_quantized
+from tlk.kernels._op import op
+from tlk.kernels.activation import gelu_and_mul, silu_and_mul
+from tlk.kernels.dequantize import dequantize_reference, dequantize_unchecked
+from tlk.kernels.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
+from tlk.kernels.matmul import ACTIVATIONS, activate_reference, matmul, matmul_reference
+from tlk.kernels.norm import rms_norm
+from tlk.kernels.norm_linear import check_norm_weight
+
+BACKENDS = (None, "triton", "cublas", "invariant")
+
+VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+
+
+def dequant_mm_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    global_scale: Tensor | None,
+    nested: list[Tensor],
+    kind: str,
+    group_size: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    h = x.double() if backend == "invariant" else x.float()
+    if norm_weight is not None:
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        h = h * (norm_weight.to(h.dtype) + weight_offset)
+    w = dequantize_reference(
+        weight, scale, zero, table, global_scale, nested, kind, group_size, torch.float32
+    )
+    if not gated:
+        return matmul_reference(h, w, bias, activation, residual, backend).to(x.dtype)
+    gate, up = matmul_reference(h, w, bias, None, None, backend).chunk(2, -1)
+    return (activate_reference(gate, activation) * up).to(x.dtype)
+
+
+def _chosen_backend(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    global_scale: Tensor | None,
+    nested: list[Tensor],
+    kind: str,
+    group_size: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> str:
+    return "dequantize+cublas"
+
+
+@op(dequant_mm_reference, backend=_chosen_backend)
+def _dequant_mm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    global_scale: Tensor | None,
+    nested: list[Tensor],
+    kind: str,
+    group_size: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    w = Quantized(weight, scale, zero, table, global_scale, nested, kind, group_size)
+    n, _ = w.shape
+    y_shape = (*x.shape[:-1], n // 2 if gated else n)
+    if 0 in y_shape:
+        return x.new_empty(y_shape)
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
+    dense = dequantize_unchecked(w, x.dtype)
+    if not gated:
+        return matmul(
+            x, dense, bias, activation=activation, residual=residual, backend=backend
+        )  # fmt: skip
+    y = matmul(x, dense, bias, backend=backend)
+    if activation == "silu":
+        return silu_and_mul(y)
+    return gelu_and_mul(y, approximate="none" if activation == "gelu" else "tanh")
+
+
+def dequant_mm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    kind: str,
+    group_size: int,
+    table: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    nested: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Return ``act(h @ w.T + bias) + residual`` [..., N], or ``act(h @ gate.T) * (h @ up.T)`` [..., N/2].
+
+    `x` [..., K], `bias` [N] and `residual` [..., N] are float32, float16 or bfloat16, the same; h is x,
+    or `rms_norm` of it where there is a `norm_weight` [K]. w [N, K] is stored as `kind` says, in groups
+    of `group_size` inputs, K for whole rows:
+
+    - "int4": `weight` uint8 [N, K/2], `scale` [N, K/G], `zero` uint8 [N, K/G] or None for 8.
+    - "int8": `weight` int8 [N, K], `scale` [N, K/G] or [N, 1], `zero` int8 like it or None for 0.
+    - "table4": codes of `table` float32 [1, 16], `scale` float32 [N, K/G]; or uint8 and `nested`: absmax
+      float32 [N, S], start int32 [N, 1], map float32 [1, 256] and offset float32 [N, 1], where a scale is
+      map[scale[n, b]] · absmax[n, (start[n] + b) // 256] + offset[n].
+    - "mx4": G = 32, `scale` uint8 [N, K/32], powers of two. "nv4": G = 16, `scale` float8_e4m3fn
+      [N, K/16], and `global_scale` float32 [N, 1] that multiplies.
+    - "fp8": `weight` float8_e4m3fn [N, K], `scale` float32 [N, 1], or [⌈N/128⌉, ⌈K/128⌉] for G = 128.
+
+    Byte j of a group of 4-bit codes holds code j, and code j + G/2 in its high half. `gated` takes the
+    rows [gate; up] and "silu", "gelu" or "gelu_tanh". Rows of `x`, `weight` and `residual` may be strided.
+    `backend` None runs what is fastest as far as known; "triton" and "cublas" insist, the latter on
+    the dequantized weight; "invariant": no row's result depends on the number of rows.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    w = Quantized(
+        weight, scale, zero, table, global_scale, list(nested or ()), kind, group_size
+    )  # fmt: skip
+    check_quantized(w)
+    _check_call(x, w, bias, activation, residual, gated)
+    if norm_weight is not None:
+        check_norm_weight(norm_weight, x)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _dequant_mm(
+        x, weight, scale, zero, table, global_scale, w.nested, kind, group_size, bias, activation,
+        residual, gated, norm_weight, eps, weight_offset, backend,
+    )  # fmt: skip
+
+
+def _check_call(
+    x: Tensor,
+    w: Quantized,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gated: bool,
+) -> None:
+    n, k = w.shape
+    check_dtype("x", x, *FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    check_shape("x", x, *x.shape[:-1], k)
+    check_last_dim_contiguous("x", x)
+    check_device("weight", w.weight, x.device)
+    if w.kind in ("int4", "int8"):
+        check_dtype("scale", w.scale, x.dtype)
+    if bias is not None:
+        check_dtype("bias", bias, x.dtype)
+        check_shape("bias", bias, n)
+        check_device("bias", bias, x.device)
+        check_last_dim_contiguous("bias", bias)
+    if residual is not None:
+        check_dtype("residual", residual, x.dtype)
+        check_shape("residual", residual, *x.shape[:-1], n)
+        check_device("residual", residual, x.device)
+        check_last_dim_contiguous("residual", residual)
+    allowed = GATED_ACTIVATIONS if gated else (None, *ACTIVATIONS)
+    if activation not in allowed:
+        raise ValueError(f"activation must be one of {allowed}, got {activation!r}")
+    if gated and (residual is not None or n % 2):
+        raise ValueError(
+            f"gated takes an even number of rows and no residual, got {n} rows"
+            + (" and a residual" if residual is not None else "")
+        )
