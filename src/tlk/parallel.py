@@ -84,9 +84,7 @@ def shard(packed: Packed, split: Split | None) -> Packed:
     """
     if split is None or world() == 1:
         return packed
-    part: Packed = {}
-    for name, tensor in packed.items():
-        whole = split == "in" and tensor.dim() == 1
-        dim = 0 if split == "out" else 1
-        part |= {name: tensor} if whole else shard_dim({name: tensor}, dim, rank(), world())
-    return part
+    dim = 0 if split == "out" else 1
+    whole = {name: t for name, t in packed.items() if split == "in" and t.dim() == 1}
+    divided = {name: t for name, t in packed.items() if name not in whole}
+    return shard_dim(divided, dim, rank(), world()) | whole

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
+from tlk.errors import UnsupportedError
 from tlk.kernels._op import count_ops
-from tlk.quant.format import DENSE, Dense, Norm, fuse, shard
+from tlk.quant.config import METHODS
+from tlk.quant.format import DENSE, Dense, Norm, fuse, prepare_input, shard, stack
+from tlk.quant.fp8 import Fp8
+from tlk.quant.int4 import Int4
+from tlk.quant.table4 import TableFormat
+
+EVERY = [*METHODS.values(), Int4(symmetric=False), Fp8("tensor"), TableFormat("nf4", 64, True)]
 
 
 def packed(n, k, groups=2):
@@ -44,6 +51,118 @@ def test_per_input_tensors_serve_all_fused_layers():
     b["smooth"] = b["smooth"] * 2
     with pytest.raises(ValueError, match="smooth varies over inputs only"):
         fuse([a, b])
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n].float(), b[n].float()) for n in a)
+
+
+@pytest.mark.parametrize("format", EVERY, ids=str)
+def test_layers_fuse_in_every_format(format):
+    torch.manual_seed(0)
+    parts = [format.quantize(torch.randn(n, 512)) for n in (256, 128, 200)]
+    whole = format.dequantize(fuse(parts))
+    assert torch.equal(whole, torch.cat([format.dequantize(p) for p in parts]))
+    assert whole.shape == (584, 512)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("format", EVERY, ids=str)
+def test_layers_shard_in_every_format(format, dim):
+    torch.manual_seed(0)
+    packed = format.quantize(
+        torch.randn(256, 1280)
+    )  # 20 blocks of 64 a row: nested ones cross rows
+    parts = [format.dequantize(shard(packed, dim, rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim), format.dequantize(packed))
+
+
+@pytest.mark.parametrize("format", EVERY, ids=str)
+def test_experts_stack_and_then_shard(format):
+    torch.manual_seed(0)
+    experts = [format.quantize(torch.randn(256, 512)) for _ in range(3)]
+    whole = stack(experts)
+    assert whole["weight"].shape[:2] == (3, 256)
+    for dim in (0, 1):
+        part = shard(whole, dim, 1, 2)
+        for i, expert in enumerate(experts):
+            assert same({n: t[i] for n, t in part.items()}, shard(expert, dim, 1, 2))
+
+
+def test_blocks_of_outputs_are_not_divided():
+    block = Fp8("block")
+    small, large = (block.quantize(torch.randn(n, 256)) for n in (192, 256))
+    with pytest.raises(ValueError, match="a layer of 192 outputs, with scales for blocks of 128"):
+        fuse([small, large])
+    assert torch.equal(
+        block.dequantize(fuse([large, small]))[256:], block.dequantize(small)
+    )  # the last may be partial
+    with pytest.raises(
+        ValueError, match="192 entries in dim 0, not divisible by 2 ranks in blocks"
+    ):
+        shard(small, 0, 0, 2)  # two rows of scales, but not for 96 outputs each
+    with pytest.raises(
+        ValueError, match="256 entries in dim 1, not divisible by 4 ranks in blocks"
+    ):
+        shard(large, 1, 0, 4)
+    tiny = block.quantize(torch.randn(64, 256))  # one row of scales is not one for all layers
+    with pytest.raises(ValueError, match="a layer of 64 outputs"):
+        fuse([tiny, tiny])
+    halves = [block.dequantize(shard(tiny, 0, rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat(halves), block.dequantize(tiny))
+
+
+def test_groups_of_inputs_are_not_divided():
+    packed = Int4(None).quantize(torch.randn(4, 64))
+    with pytest.raises(ValueError, match="scale has 1 entries in dim 1, not divisible by 2"):
+        shard(packed, 1, 0, 2)
+    packed = Int4(128).quantize(torch.randn(4, 384))
+    with pytest.raises(ValueError, match="scale has 3 entries in dim 1"):
+        shard(packed, 1, 0, 2)
+    packed["perm"] = torch.arange(384)[None].int()
+    with pytest.raises(UnsupportedError, match="act-order"):
+        shard(packed, 1, 0, 3)
+    assert torch.equal(shard(packed, 0, 1, 2)["perm"], packed["perm"])
+
+
+def test_layers_with_other_tensors_do_not_fuse():
+    a, b = Int4().quantize(torch.randn(4, 128)), Int4(symmetric=False).quantize(torch.randn(4, 128))
+    for join in (fuse, stack):
+        with pytest.raises(ValueError, match="parts must have the same tensors"):
+            join([a, b])
+
+
+def test_inputs_are_scaled_and_permuted_after_the_norm():
+    x, norm = torch.randn(3, 4), Norm(torch.randn(4), 0.5, 1.0)
+    assert prepare_input(x, {}, norm) == (x, norm)
+    packed = {
+        "pre_scale": torch.tensor([[1.0, 2, 3, 4]]),
+        "perm": torch.tensor([[3, 1, 0, 2]], dtype=torch.int32),
+    }
+    y, left = prepare_input(x, packed, norm)
+    h = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * (norm.weight + 1)
+    torch.testing.assert_close(y, (h * packed["pre_scale"])[:, [3, 1, 0, 2]])
+    assert left is None
+    y, left = prepare_input(x, {"perm": packed["perm"]}, None)
+    assert torch.equal(y, x[:, [3, 1, 0, 2]]) and left is None
+
+
+@pytest.mark.parametrize("format", EVERY, ids=str)
+def test_linear_multiplies_by_the_dequantized_weight(format):
+    torch.manual_seed(0)
+    x, bias, residual = torch.randn(3, 256), torch.randn(6), torch.randn(3, 6)
+    norm = Norm(torch.rand(256) + 0.5, 0.5, 0.0)
+    packed = format.quantize(torch.randn(6, 256))
+    weight = format.dequantize(packed)
+    h = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
+    y = format.linear(x, packed, norm=norm, bias=bias, activation="silu", residual=residual)
+    expected = torch.nn.functional.silu(h @ weight.T + bias) + residual
+    tolerance = 0.05 if format.act else 1e-4  # activations are rounded to 8 bit
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 20)
+    y = format.gated_linear(x, packed, activation="silu", norm=norm, bias=bias)
+    gate, up = (h @ weight.T + bias).chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 500)
 
 
 def test_dense_is_the_weight_itself():
