@@ -4,7 +4,7 @@ Binding makes each fused weight one storage and the model's own parameters views
 no second copy and `state_dict`, `save_pretrained` and the original forward stay valid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tlk.errors import UnsupportedError
+from tlk.hf.quant_linear import QuantLinear, fused
 from tlk.models.batch import PagedKV
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, weight_sources
+from tlk.models.layers import Linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,21 +28,21 @@ class Watched:
     name: str
     module: nn.Module
     children: tuple[nn.Module | None, ...]
-    parameters: tuple[tuple[str, nn.Parameter, int], ...]  # name, object, address
+    tensors: tuple[tuple[str, Tensor, int], ...]  # weights: name, object, address
 
     def hooked(self) -> bool:
         """Whether calling the module would do more than its forward; the root's call is not skipped."""
         return bool(self.name) and _has_hooks(self.module)
 
     def changed(self) -> bool:
-        """Whether a child or parameter is another object, or lies elsewhere, than when bound."""
+        """Whether a child or weight is another object, or lies elsewhere, than when bound."""
         m = self.module
-        own = m._parameters
+        own = _weights(m)
         return (
             "forward" in m.__dict__
             or len(m._modules) != len(self.children)
             or any(a is not b for a, b in zip(m._modules.values(), self.children, strict=True))
-            or any(own.get(n) is not p or p.data_ptr() != at for n, p, at in self.parameters)
+            or any(own.get(n) is not t or t.data_ptr() != at for n, t, at in self.tensors)
         )
 
 
@@ -54,6 +56,7 @@ class Binding:
     fused: tuple[tuple[str, ...], ...]  # names of the model's parameters that share a storage
     watched: tuple[Watched, ...]
     specs: tuple[PagedKV, ...]  # what each layer keeps of every token
+    quantized: tuple[str, ...]  # names of the model's modules that are stored quantized
     windowed: bool  # whether a layer has a sliding window
 
     def stale(self) -> bool:
@@ -79,10 +82,12 @@ def bind(model: nn.Module) -> Binding:
         decoder = Decoder(config)
     sources = weight_sources(family, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_parameters(decoder, sources, parameters, tied=config.tie_embeddings)
+    quantized = _quantized(model, sources)
+    plain = {name: parts for name, parts in sources.items() if name not in quantized}
+    _check_parameters(decoder, plain, parameters, tied=config.tie_embeddings)
     some = next(iter(parameters.values()))
-    weights, fused = {}, []
-    for name, parts in sources.items():
+    weights, fused = _store(decoder, quantized), []
+    for name, parts in plain.items():
         weights[name] = _one_storage([parameters[p] for p in parts])
         if len(parts) > 1:
             fused.append(parts)
@@ -95,6 +100,7 @@ def bind(model: nn.Module) -> Binding:
         fused=tuple(fused),
         watched=tuple(_watch(model)),
         specs=specs,
+        quantized=tuple(p.removesuffix(".weight") for name in quantized for p in sources[name]),
         windowed=any(spec.window > 0 for spec in specs),
     )
 
@@ -117,7 +123,10 @@ def check_modules(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"{name or 'the model'} has a forward of its own (a hook of accelerate?)"
             )
-        if name and not kind.__module__.startswith(("transformers.", "torch.nn.modules.")):
+        known = kind is QuantLinear or kind.__module__.startswith(
+            ("transformers.", "torch.nn.modules.")
+        )
+        if name and not known:
             raise UnsupportedError(f"{label}, which tlk does not know")
         if name and _has_hooks(module):
             raise UnsupportedError(f"{name} has forward hooks, which tlk would not call")
@@ -146,6 +155,40 @@ def _family_of(model: nn.Module) -> str:
             f"the model is a {base.__module__}.{base.__qualname__}; of {kind} tlk runs the ...ForCausalLM class of transformers"
         )
     return str(kind)
+
+
+def _quantized(
+    model: nn.Module, sources: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[QuantLinear]]:
+    """The quantized layers of `model` by the decoder's weight that they are parts of."""
+    layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    found: dict[str, list[QuantLinear]] = {}
+    for name, parts in sources.items():
+        quantized = [layers[p] for p in parts if p in layers]
+        if not quantized:
+            continue
+        if len(quantized) < len(parts) or any(m.format != quantized[0].format for m in quantized):
+            raise UnsupportedError(f"{' and '.join(parts)} are one matmul and must share a format")
+        found[name] = quantized
+    return found
+
+
+def _store(decoder: Decoder, quantized: Mapping[str, list[QuantLinear]]) -> dict[str, Tensor]:
+    """Have `decoder` store its quantized layers as the model does; returns their tensors by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, modules in quantized.items():
+        module = name.removesuffix(".weight")
+        linear = decoder.get_submodule(module)
+        assert isinstance(linear, Linear)
+        shape = sum(m.out_features for m in modules), modules[0].in_features
+        if shape != (linear.out_features, linear.in_features):
+            raise UnsupportedError(
+                f"{module} has shape {shape}, the config says {(linear.out_features, linear.in_features)}"
+            )
+        packed = fused(modules)
+        linear.store(modules[0].format, packed)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in packed.items()}
+    return tensors
 
 
 def _check_parameters(
@@ -217,5 +260,12 @@ def _one_storage(parts: list[nn.Parameter]) -> Tensor:
 
 def _watch(model: nn.Module) -> Iterator[Watched]:
     for name, m in model.named_modules():
-        own = tuple((n, p, p.data_ptr()) for n, p in m._parameters.items() if p is not None)
+        own = tuple((n, t, t.data_ptr()) for n, t in _weights(m).items() if t is not None)
         yield Watched(name, m, tuple(m._modules.values()), own)
+
+
+def _weights(module: nn.Module) -> dict[str, Any]:
+    """What a binding shares with `module`: parameters, and the codes and scales of a QuantLinear."""
+    if isinstance(module, QuantLinear):
+        return {**module._parameters, **module._buffers}
+    return module._parameters
