@@ -16,19 +16,26 @@ PEERS: dict[str, tuple[Peer, ...]] = {
 }
 # Their results are a matter of chance, or of which of equal logits comes first.
 UNCOMPARED = {"sample", "likeliest_", "top_logprobs"}
+# Whose plain torch Inductor makes kernels of, rather than calls of cuBLAS and sorts.
+COMPILED = {
+    *("rms_norm", "add_rms_norm", "layer_norm", "silu_and_mul", "gelu_and_mul", "relu_squared"),
+    *("matmul", "norm_linear", "gated_linear", "likeliest_", "apply_penalties_"),
+}
 # Of plain torch, which rounds between its ops.
 TOLERANCE = 0.03
 
 
 def peers_of(case: Case) -> tuple[Peer, ...]:
-    """The peers of `case`: its own, the first of them compiled too if it is plain torch, and PEERS."""
+    """The peers of `case`: of other packages, its own, and its plain torch compiled."""
     compared = case.op not in UNCOMPARED
     own = [
         Peer(name, plain(run), compared=compared, tolerance=TOLERANCE)
         for name, run in case.peers.items()
     ]
-    if "torch" in case.peers:
-        own.append(torch_peers.inductor(case.peers["torch"], compared))
+    if case.op in COMPILED:
+        own += (
+            [torch_peers.inductor(case.peers["torch"], compared)] if "torch" in case.peers else []
+        )
     return (*PEERS.get(case.op, _paged(case)), *own)
 
 

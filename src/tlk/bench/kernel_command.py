@@ -1,0 +1,203 @@
+"""The command line of `tlk bench kernels`."""
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlk import __version__
+from tlk.bench import kernel_table
+from tlk.bench.case import Case, load_cases
+from tlk.bench.ceilings import machine
+from tlk.bench.goals import GOALS, judge
+from tlk.bench.kernel_page import require_plots, write_page
+from tlk.bench.kernel_peers.peer import PEER_ERRORS, reason
+from tlk.bench.kernels import Bench, Row, WrongResultError, dtypes_of, name_of, small
+from tlk.bench.limits import Limits, kernel_limits
+from tlk.bench.record import Refused, append, commit, to_csv
+from tlk.errors import UnsupportedError
+from tlk.llm.load import pick_device
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOptions:
+    """What is measured, and where it goes. Raises ValueError naming the field."""
+
+    names: Sequence[str] = ()
+    pattern: str | None = None
+    peers: Sequence[str] | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    repeats: int = 20
+    json_file: Path | None = None
+    out: Path | None = None
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if self.dtype not in ("auto", "all", *DTYPES):
+            raise ValueError(f"dtype must be auto, all, {', '.join(DTYPES)}, got {self.dtype!r}")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"filter must be a regular expression: {error}") from error
+
+    def command(self) -> str:
+        """The command line that measures this."""
+        words = ["tlk", "bench", "kernels", *self.names]
+        flags = {"filter": self.pattern, "device": self.device, "dtype": self.dtype}
+        for name, value in flags.items():
+            words += [f"--{name}", value] if value not in (None, "auto") else []
+        words += ["--peers", *self.peers] if self.peers is not None else []
+        words += ["--repeats", str(self.repeats)] if self.repeats != 20 else []
+        return shlex.join(words)
+
+    def wants(self, peer: str) -> bool:
+        """Whether a peer of this name is measured."""
+        return self.peers is None or any(p.lower() in peer.lower() for p in self.peers if p)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that `run` takes."""
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="kernel files or ops, all of them by default"
+    )
+    parser.add_argument(
+        "--list", dest="listed", action="store_true", help="name the cases and measure nothing"
+    )
+    parser.add_argument(
+        "--filter", dest="pattern", metavar="REGEX", help="only cases in whose op-shape it is found"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", metavar="PEER", help="only peers whose names contain one of these"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("auto", "all", *DTYPES), default="auto", help="each case's first: auto"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="samples of each time")
+    parser.add_argument(
+        "--json", type=Path, dest="json_file", metavar="FILE", help="append a line of JSON per row"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write JSON, CSV, a plot per op and a page there"
+    )
+    parser.add_argument("--commit", help="what is measured, where git does not tell")
+
+
+def run(listed: bool = False, **options: Any) -> int:
+    """Measure, print, and write what is wanted; 1 if a kernel failed or a row was refused."""
+    chosen = KernelOptions(**options)
+    cases = select(chosen)
+    if listed:
+        print(*(f"{case}  {' '.join(map(name_of, case.dtypes))}" for case in cases), sep="\n")
+        return 0
+    device = pick_device(chosen.device)
+    if device.type == "cpu" and chosen.device != "cpu":
+        raise UnsupportedError(
+            "the speed of kernels needs a GPU and torch finds none: --list names the cases, "
+            "--device cpu times the references of the small ones, `tlk doctor` says what is missing"
+        )
+    if chosen.out is not None:
+        require_plots()
+    limits = kernel_limits(device)
+    about = _about(chosen, device, limits)
+    print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n", flush=True)
+    rows, failed = _measured(cases, chosen, device, limits)
+    notes = kernel_table.absent(rows)
+    notes += kernel_table.verdicts(judge(GOALS, rows, limits, about["gpu"] or ""))
+    for note in notes:
+        print(note)
+    refused = _write(chosen, rows, about, notes)
+    for one in refused:
+        print(f"tlk: refused {one}", file=sys.stderr)
+    return 1 if failed or refused else 0
+
+
+def select(chosen: KernelOptions) -> list[Case]:
+    """The cases that are asked for; ValueError naming what there is none of."""
+    modules = load_cases()
+    ops = {case.op for cases in modules.values() for case in cases}
+    if unknown := set(chosen.names) - modules.keys() - ops:
+        raise ValueError(
+            f"no kernel is called {', '.join(sorted(unknown))}: "
+            f"names are {', '.join(sorted(modules.keys() | ops))}"
+        )
+    names = set(chosen.names)
+    cases = [
+        case
+        for module, its in modules.items()
+        for case in its
+        if not names or module in names or case.op in names
+    ]
+    found = [case for case in cases if re.search(chosen.pattern or "", str(case))]
+    if not found:
+        raise ValueError(f"filter must match a case, got {chosen.pattern!r}: --list names them")
+    return found
+
+
+def _about(chosen: KernelOptions, device: torch.device, limits: Limits) -> dict[str, Any]:
+    """What each record says of the run."""
+    return {
+        "command": chosen.command(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": chosen.commit or commit(Path(__file__).parent),
+        **machine(device),
+        "limits": limits.to_dict(),
+    }
+
+
+def _measured(
+    cases: Sequence[Case], chosen: KernelOptions, device: torch.device, limits: Limits
+) -> tuple[list[Row], int]:
+    """The rows, printed as they come, and how many kernels failed, which is printed too."""
+    bench = Bench(device, limits, chosen.repeats, chosen.wants)
+    rows, failed, skipped = [], 0, 0
+    for case, dtype in _work(cases, chosen):
+        if device.type == "cpu" and not small(case, dtype):
+            skipped += 1
+            continue
+        try:
+            rows.append(bench.row(case, dtype))
+        except (WrongResultError, *PEER_ERRORS) as error:
+            failed += 1
+            print(f"tlk: {case} {name_of(dtype)}: {reason(error)}", file=sys.stderr, flush=True)
+        else:
+            print(kernel_table.line(rows[-1]), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if skipped:
+        print(f"{skipped} cases are too large for a CPU")
+    return rows, failed
+
+
+def _work(cases: Sequence[Case], chosen: KernelOptions) -> Iterator[tuple[Case, torch.dtype]]:
+    wanted = DTYPES.get(chosen.dtype)
+    for case in cases:
+        for dtype in dtypes_of(case, wanted, every=chosen.dtype == "all"):
+            yield case, dtype
+
+
+def _write(
+    chosen: KernelOptions, rows: list[Row], about: dict[str, Any], notes: list[str]
+) -> list[Refused]:
+    """Everything that is asked for; the rows that a file of committed results does not take."""
+    refused = [] if chosen.json_file is None else append(chosen.json_file, rows, about, GOALS)
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        lines = chosen.out / "kernels.jsonl"
+        lines.unlink(missing_ok=True)
+        append(lines, rows, about, GOALS)
+        (chosen.out / "kernels.csv").write_text(to_csv(rows, __version__), encoding="utf-8")
+        write_page(chosen.out, rows, about, notes)
+    return refused
