@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tlk import __version__, doctor
-from tlk.bench import command
+from tlk.bench import command, kernel_command
 from tlk.bench.serving import Kind
 from tlk.demo import compare, generate
 from tlk.errors import TlkError
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(check, "auto")
     check.set_defaults(run=_verify)
 
-    bench = commands.add_parser("bench", help="measure the engine, beside what limits it")
+    bench = commands.add_parser("bench", help="measure kernels and the engine, beside their limits")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
     helps: dict[Kind, str] = {"throughput": "all prompts at once", "latency": "a batch at a time"}
     for kind, meaning in helps.items():
@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(what, kind)
         _add_place(what, "auto")
         what.set_defaults(run=partial(command.run, kind))
+    ops = kinds.add_parser("kernels", help="each kernel, beside other packages' and its ceiling")
+    kernel_command.add_arguments(ops)
+    ops.set_defaults(run=kernel_command.run)
 
     machine = commands.add_parser("doctor", help="is this machine ready, and if not, what to do")
     machine.set_defaults(run=_doctor)
