@@ -7,6 +7,7 @@ from tlk.quant.config import METHODS
 from tlk.quant.format import DENSE, Dense, Norm, fuse, prepare_input, shard, stack
 from tlk.quant.fp8 import Fp8
 from tlk.quant.int4 import Int4
+from tlk.quant.int8 import Int8
 from tlk.quant.table4 import TableFormat
 
 EVERY = [*METHODS.values(), Int4(symmetric=False), Fp8("tensor"), TableFormat("nf4", 64, True)]
@@ -147,22 +148,43 @@ def test_inputs_are_scaled_and_permuted_after_the_norm():
     assert torch.equal(y, x[:, [3, 1, 0, 2]]) and left is None
 
 
+@pytest.mark.parametrize("rows", [3, 17])
 @pytest.mark.parametrize("format", EVERY, ids=str)
-def test_linear_multiplies_by_the_dequantized_weight(format):
+def test_linear_multiplies_by_the_dequantized_weight(format, rows):
     torch.manual_seed(0)
-    x, bias, residual = torch.randn(3, 256), torch.randn(6), torch.randn(3, 6)
+    x, bias, residual = torch.randn(rows, 256), torch.randn(6), torch.randn(rows, 6)
     norm = Norm(torch.rand(256) + 0.5, 0.5, 0.0)
     packed = format.quantize(torch.randn(6, 256))
     weight = format.dequantize(packed)
     h = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
-    y = format.linear(x, packed, norm=norm, bias=bias, activation="silu", residual=residual)
+    rounds = format.act is not None and rows == 17
+    with count_ops() as counts:
+        y = format.linear(x, packed, norm=norm, bias=bias, activation="silu", residual=residual)
+    assert counts.total() == (2 if rounds else 1)
     expected = torch.nn.functional.silu(h @ weight.T + bias) + residual
-    tolerance = 0.05 if format.act else 1e-4  # activations are rounded to 8 bit
+    tolerance = 0.05 if rounds else 1e-4  # activations are rounded to 8 bit
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 20)
-    y = format.gated_linear(x, packed, activation="silu", norm=norm, bias=bias)
+    with count_ops() as counts:
+        y = format.gated_linear(x, packed, activation="silu", norm=norm, bias=bias)
+    assert counts.total() == (3 if rounds else 1)
     gate, up = (h @ weight.T + bias).chunk(2, -1)
     expected = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 500)
+    y, expected = format.linear(x, packed), x @ weight.T
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 40)
+
+
+@pytest.mark.parametrize("format", [Int8(static=True), Fp8("channel", static=True)], ids=str)
+def test_a_static_scale_rounds_the_activations(format):
+    torch.manual_seed(0)
+    x, packed = torch.randn(20, 64), format.quantize(torch.randn(6, 64))
+    largest = 127 if format.act == torch.int8 else 448
+    packed["input_scale"] = torch.tensor([[2 / largest]])  # what is larger than 2 is cut
+    y = format.linear(x, packed)
+    expected = x.clamp(-2, 2) @ format.dequantize(packed).T
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.7)
+    assert (y - expected).norm() < 0.04 * expected.norm()
+    assert (y - x @ format.dequantize(packed).T).norm() > 0.04 * expected.norm()
 
 
 def test_dense_is_the_weight_itself():

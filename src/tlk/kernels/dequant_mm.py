@@ -195,8 +195,6 @@ def _check_call(
     check_shape("x", x, *x.shape[:-1], k)
     check_last_dim_contiguous("x", x)
     check_device("weight", w.weight, x.device)
-    if w.kind in ("int4", "int8"):
-        check_dtype("scale", w.scale, x.dtype)
     if bias is not None:
         check_dtype("bias", bias, x.dtype)
         check_shape("bias", bias, n)

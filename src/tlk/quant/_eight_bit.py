@@ -2,16 +2,27 @@
 
     y = act((x₈ · q₈ᵀ) · x_scale · scale + bias) + residual
 
-x is rounded to 8 bit after its norm, in one kernel with it. A GPU whose tensor cores do not know
-the 8-bit dtype multiplies 16-bit activations by the dequantized weight.
+x is rounded to 8 bit after its norm, in one kernel with it. Few rows, and all rows on a GPU whose
+tensor cores do not know the 8-bit dtype, are not rounded: they meet the dequantized weight.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tlk.quant.format import DENSE, Norm, Packed, check_fits, prepare_input
+from tlk.kernels._device import sm
+from tlk.kernels.act_quant import quantize_act, rms_norm_quant
+from tlk.kernels.activation import gelu_and_mul, silu_and_mul
+from tlk.kernels.dequantize import dequantize
+from tlk.kernels.scaled_mm import scaled_mm
+from tlk.quant._weight_only import multiply, operands
+from tlk.quant.format import Norm, Packed, check_fits, prepare_input
+
+FIRST_SM = {torch.float8_e4m3fn: 89, torch.int8: 80}
+"""The first GPUs whose tensor cores multiply that dtype."""
+WEIGHT_ONLY_ROWS = 16
+"""Up to so many rows the weight's bytes decide the time, and rounding x would be one more kernel."""
 
 
 class EightBit:
@@ -70,10 +81,8 @@ class EightBit:
         return self.encode(weight, self.scales(weight, dtype))
 
     def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        scale = packed["scale"]
-        if self.block:
-            scale = spread(scale, packed["weight"].shape, self.block)
-        return (packed["weight"].float() * scale).to(dtype)
+        """The weight [n, k], computed in float32 and rounded once to `dtype`."""
+        return dequantize(**operands(self.kind, packed, self.block), dtype=dtype)
 
     def linear(
         self,
@@ -87,10 +96,11 @@ class EightBit:
     ) -> Tensor:
         """act(norm(x) [..., k] · weightᵀ + bias) + residual [..., n]."""
         x, norm = prepare_input(x, packed, norm)
-        weight = {"weight": self.dequantize(packed, x.dtype)}
-        return DENSE.linear(
-            x, weight, norm=norm, bias=bias, activation=activation, residual=residual
-        )  # fmt: skip
+        how: Any = {"bias": bias, "activation": activation, "residual": residual}
+        if self.keeps_activations(x):
+            return multiply(self.kind, x, packed, norm, self.block, **how)
+        q, scale = self._rounded(x, packed, norm)
+        return scaled_mm(q, scale, packed["weight"], packed["scale"], out_dtype=x.dtype, **how)
 
     def gated_linear(
         self,
@@ -103,8 +113,36 @@ class EightBit:
     ) -> Tensor:
         """act(h · gateᵀ) · (h · upᵀ) [..., n / 2] of h = norm(x)."""
         x, norm = prepare_input(x, packed, norm)
-        weight = {"weight": self.dequantize(packed, x.dtype)}
-        return DENSE.gated_linear(x, weight, activation=activation, norm=norm, bias=bias)
+        if self.keeps_activations(x):
+            how: Any = {"bias": bias, "activation": activation, "gated": True}
+            return multiply(self.kind, x, packed, norm, self.block, **how)
+        q, scale = self._rounded(x, packed, norm)
+        both = scaled_mm(q, scale, packed["weight"], packed["scale"], bias=bias, out_dtype=x.dtype)
+        return act_and_mul(both, activation)
+
+    def keeps_activations(self, x: Tensor) -> bool:
+        """Whether `x` is multiplied in its own dtype: it has few rows, or the GPU no such matmul."""
+        few = x.numel() // max(x.shape[-1], 1) <= WEIGHT_ONLY_ROWS
+        return few or (x.is_cuda and sm(x.device) < FIRST_SM[self.storage])
+
+    def _rounded(self, x: Tensor, packed: Packed, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """norm(x) in 8 bit, and its scales."""
+        how: Any = {
+            "group_size": self.block,
+            "scale": packed["input_scale"] if self.static else None,
+        }
+        if norm is None:
+            return quantize_act(x, self.storage, **how)
+        return rms_norm_quant(
+            x, norm.weight, self.storage, norm.eps, weight_offset=norm.weight_offset, **how
+        )
+
+
+def act_and_mul(both: Tensor, activation: str) -> Tensor:
+    """act(gate) · up [..., I] of `both` [..., 2I] = [gate, up]."""
+    if activation == "silu":
+        return silu_and_mul(both)
+    return gelu_and_mul(both, "tanh" if activation == "gelu_tanh" else "none")
 
 
 def spread(scale: Tensor, shape: tuple[int, ...], block: int) -> Tensor:

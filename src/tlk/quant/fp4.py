@@ -103,9 +103,6 @@ class MXFP4(_FP4):
         """Round to nearest; `dtype` changes nothing, scales are powers of two."""
         return self.encode(weight, self.scales(weight))
 
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self._values(packed) * e8m0(packed["scale"])[..., None]).flatten(1).to(dtype)
-
 
 @dataclass(frozen=True, slots=True)
 class NVFP4(_FP4):
@@ -166,7 +163,3 @@ class NVFP4(_FP4):
     ) -> Packed:
         """Round to nearest; `dtype` changes nothing. global_scale: as of `scales`."""
         return self.encode(weight, *self.scales(weight, global_scale))
-
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = self._values(packed) * packed["scale"].float()[..., None]
-        return (values.flatten(1) * packed["global_scale"]).to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlk.quant._weight_only import WeightOnly
-from tlk.quant.codes import grouped, pack_nibbles, positive, unpack_nibbles
+from tlk.quant.codes import grouped, pack_nibbles, positive
 from tlk.quant.format import Packed, check_fits
 
 GROUP_SIZES = (32, 64, 128)
@@ -90,10 +90,3 @@ class Int4(WeightOnly):
 
     def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Packed:
         return self.encode(weight, *self.scales(weight, dtype))
-
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        scale, zero = packed["scale"], packed.get("zero")
-        group_size = 2 * packed["weight"].shape[1] // scale.shape[1]
-        codes = grouped(unpack_nibbles(packed["weight"], group_size), scale.shape[1]).float()
-        offset = MIDDLE if zero is None else zero.float()[..., None]
-        return ((codes - offset) * scale.float()[..., None]).flatten(1).to(dtype)

@@ -86,12 +86,6 @@ class Int8Weight(WeightOnly):
     def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Packed:
         return self.encode(weight, *self.scales(weight, dtype))
 
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        scale, zero = packed["scale"], packed.get("zero")
-        offset = 0 if zero is None else zero.float()[..., None]
-        codes = grouped(packed["weight"].float(), scale.shape[1]) - offset
-        return (codes * scale.float()[..., None]).flatten(1).to(dtype)
-
 
 @dataclass(frozen=True, slots=True)
 class Int8(EightBit):

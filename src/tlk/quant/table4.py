@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tlk.quant._weight_only import WeightOnly
-from tlk.quant.codes import grouped, nearest, pack_nibbles, unpack_nibbles
+from tlk.quant.codes import grouped, nearest, pack_nibbles
 from tlk.quant.format import Packed, check_fits
 
 NESTED_BLOCK = 256
@@ -112,12 +112,6 @@ class TableFormat(WeightOnly):
         if self.name == "fp4":  # of its two zeros, the first
             order = order[order != 8]
         return order[nearest(values, table[order])].to(torch.uint8)
-
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-        absmax = unnest(packed) if "nested_absmax" in packed else packed["scale"]
-        group_size = 2 * packed["weight"].shape[1] // absmax.shape[1]
-        codes = grouped(unpack_nibbles(packed["weight"], group_size), absmax.shape[1])
-        return (packed["table"][0][codes.int()] * absmax[..., None]).flatten(1).to(dtype)
 
 
 NF4, FP4 = TableFormat("nf4"), TableFormat("fp4")
