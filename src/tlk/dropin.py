@@ -13,6 +13,7 @@ from torch import nn
 
 from tlk.hf.checkpoint import load
 from tlk.hf.execution import Optimized
+from tlk.hf.quantized_model import is_quantized, load_quantized
 from tlk.optimize import optimize
 
 
@@ -22,6 +23,15 @@ def _optimized(
     """What `kind.from_pretrained` loads, strictly, and optimized."""
     model, info = load(kind, path, *args, **kwargs)
     optimize(model)
+    return (model, info) if output_loading_info else model
+
+
+def _around_decoder(
+    kind: Any, path: Any, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
+    """The quantized checkpoint at `path` as a model of class `kind`, optimized."""
+    model = optimize(load_quantized(kind, path, **kwargs))
+    info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set()}
     return (model, info) if output_loading_info else model
 
 
@@ -36,8 +46,12 @@ class _DropIn(Optimized):
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' from_pretrained, with its arguments; returns an optimized model.
 
-        Raises CheckpointError for a corrupt, truncated, pickled or mismatching checkpoint.
+        A quantized checkpoint is read by tlk, in any of the formats that it knows, with the arguments
+        dtype and device_map. Raises CheckpointError for a corrupt, truncated, pickled or mismatching
+        checkpoint.
         """
+        if not args and is_quantized(path):
+            return _around_decoder(cls, path, **kwargs)
         return _optimized(super(), path, *args, **kwargs)
 
 
@@ -70,6 +84,8 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' from_pretrained, with its arguments; loading is strict as above."""
+        if not args and is_quantized(path):
+            return _around_decoder(transformers.AutoModelForCausalLM, path, **kwargs)
         return _optimized(transformers.AutoModelForCausalLM, path, *args, **kwargs)
 
     @classmethod

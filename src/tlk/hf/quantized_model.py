@@ -1,0 +1,140 @@
+"""A transformers model around a decoder whose weights are quantized.
+
+A quantized checkpoint is read by tlk (`weights.load_decoder`) and not by the packages that
+transformers would ask for. The model of transformers is then made around the decoder's tensors: its
+quantized layers are `QuantLinear`s of the same names, its other parameters views of the decoder's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from tlk.errors import UnsupportedError
+from tlk.hf.hub import read_config, snapshot
+from tlk.hf.quant_linear import quantized_like
+from tlk.hf.weights import load_decoder
+from tlk.models.decoder import Decoder, linears
+from tlk.models.families import FAMILIES, weight_sources
+from tlk.quant.format import Dense, rows
+
+SOURCES = ("quantization_config",)
+"""Fields of config.json that say how the file is stored, and that no model in memory has."""
+
+
+def load_quantized(
+    kind: Any,
+    path: Any,
+    *,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    **fields: Any,
+) -> nn.Module:
+    """The quantized checkpoint at `path`, a folder or a hub id, as a model of class `kind`, in eval mode.
+
+    kind: a causal language model of transformers, or AutoModelForCausalLM. dtype (or torch_dtype):
+    what activations and unquantized weights are; None or "auto" is the checkpoint's own. device_map:
+    None is the CPU, else one device: "cuda", "auto", {"": device}. Raises TypeError for other
+    arguments, CheckpointError and UnsupportedError as `load_decoder` does.
+    """
+    if fields:
+        raise TypeError(
+            f"a quantized checkpoint is loaded with dtype and device_map, got {sorted(fields)} too"
+        )
+    folder = snapshot(str(path))
+    config = AutoConfig.from_pretrained(folder)
+    stored = {name: config.__dict__.pop(name) for name in SOURCES if name in config.__dict__}
+    wanted = dtype if dtype is not None else torch_dtype
+    loaded = load_decoder(str(folder), dtype=wanted, device=_device(device_map))
+    config.dtype = loaded.dtype
+    with init_empty_weights(include_buffers=False):
+        model: Any = _class_of(kind, config)(config)
+    sources = weight_sources(FAMILIES[loaded.family], loaded.decoder.config)
+    fill(model, loaded.decoder, sources, loaded.dtype)
+    model.to(next(loaded.decoder.parameters()).device)  # the rotary tables
+    model.name_or_path = str(path)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.__dict__["_tlk_stored"] = stored
+    return model.eval()
+
+
+def is_quantized(path: Any) -> bool:
+    """Whether the checkpoint at `path` says that its weights are quantized."""
+    folder = snapshot(str(path))
+    if "quantization_config" in read_config(folder):
+        return True
+    return any(
+        (folder / name).is_file() for name in ("hf_quant_config.json", "quantize_config.json")
+    )
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    decoder: Decoder,
+    sources: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+) -> None:
+    """Give `model`, whose parameters lie nowhere yet, those of `decoder`, of which they are parts."""
+    adopt(model, decoder, sources, dtype)
+    parameters, mine = dict(decoder.named_parameters()), dict(model.named_parameters())
+    for name, parts in sources.items():
+        start = 0
+        for part in (p for p in parts if p in mine):
+            module_name, _, tensor = part.rpartition(".")
+            height = mine[part].shape[0]
+            view = parameters[name][start : start + height]
+            model.get_submodule(module_name)._parameters[tensor] = nn.Parameter(view)
+            start += height
+    model.tie_weights()  # type: ignore[operator]
+
+
+def adopt(
+    model: nn.Module,
+    decoder: Decoder,
+    sources: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+) -> list[str]:
+    """Make `QuantLinear`s, with activations in `dtype`, of what `decoder` stores quantized.
+
+    Returns the names of the modules of `model` that they replaced, and whose weights are let go.
+    """
+    replaced = []
+    for name, linear in linears(decoder).items():
+        if isinstance(linear.format, Dense):
+            continue
+        start = 0
+        for part in sources[f"{name}.weight"]:
+            module_name = part.removesuffix(".weight")
+            module = model.get_submodule(module_name)
+            assert isinstance(module, nn.Linear)
+            stop = start + module.out_features
+            packed = rows(linear.packed(), start, stop)
+            model.set_submodule(module_name, quantized_like(module, linear.format, packed, dtype))
+            replaced.append(module_name)
+            start = stop
+    return replaced
+
+
+def _class_of(kind: Any, config: Any) -> Any:
+    return (
+        AutoModelForCausalLM._model_mapping[type(config)] if kind is AutoModelForCausalLM else kind
+    )
+
+
+def _device(device_map: Any) -> torch.device:
+    """The one device of a `device_map` of transformers."""
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, dict | list) or device_map in ("balanced", "sequential"):
+        raise UnsupportedError(f"device_map {device_map!r}: tlk runs a model on one device")
+    return torch.device(device_map)
