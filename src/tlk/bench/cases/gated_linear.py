@@ -1,4 +1,4 @@
-"""The gate and up projections of Llama-3.1-8B with their activation, for one token up to a prefill."""
+"""The gate and up projections of Llama-3.1-8B with their activation, for one token up to a prefill, and of larger models."""
 
 from functools import partial
 
@@ -25,7 +25,9 @@ def _two_ops(x: Tensor, weight: Tensor, norm_weight: Tensor) -> Tensor:
     return silu_and_mul(norm_linear(x, norm_weight, weight))
 
 
-def _case(m: int, size: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES) -> Case:
+def _case(
+    m: int, size: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES, gate: bool = True
+) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return new.randn(m, k), new.randn(2 * size, k), new.randn(k)
 
@@ -45,6 +47,7 @@ def _case(m: int, size: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES) -
         flops=4 * m * size * k,
         peers={"torch": _torch, "norm_linear, silu_and_mul": _two_ops},
         dtypes=dtypes,
+        gate=gate,
     )
 
 
@@ -73,5 +76,7 @@ def _biased_case(m: int, activation: str) -> Case:
 CASES = (
     *(_case(m, 14336, 4096) for m in (1, 2, 4, 8, 16, 128, 4096)),
     *(_case(m, 512, 2048, FLOATS) for m in (1, 4, 16)),
+    *(_case(m, 28672, 8192, gate=False) for m in (1, 64)),  # Llama-3.1-70B
+    *(_case(m, n, 7168, gate=False) for m in (1, 64) for n in (18432, 2048)),  # DeepSeek-V3
     *(_biased_case(m, activation) for m, activation in ((1, "gelu"), (4, "gelu_tanh"))),
 )

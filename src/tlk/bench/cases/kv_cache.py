@@ -15,7 +15,7 @@ def _torch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
     v_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = v
 
 
-def _case(t: int, kv_heads: int, dk: int, dv: int) -> Case:
+def _case(t: int, kv_heads: int, dk: int, dv: int, gate: bool = True) -> Case:
     pages = max(t // PAGE_SIZE, 64)
 
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
@@ -34,7 +34,7 @@ def _case(t: int, kv_heads: int, dk: int, dv: int) -> Case:
     return Case(
         "write_kv_", f"T{t}-Hk{kv_heads}-D{dk}" + (f"-Dv{dv}" if dv != dk else ""),
         inputs, write_kv_, lambda size: 2 * t * kv_heads * (dk + dv) * size,
-        write_kv_reference_, peers={"torch": _torch},
+        write_kv_reference_, peers={"torch": _torch}, gate=gate,
     )  # fmt: skip
 
 
@@ -43,4 +43,5 @@ CASES: tuple[Case, ...] = (
     _case(4096, 2, 64, 64),
     _case(4096, 16, 192, 128),
     _case(4096, 8, 256, 256),
+    *(_case(t, 4, 128, 128, gate=False) for t in (1, 8192)),  # Qwen3-30B-A3B
 )

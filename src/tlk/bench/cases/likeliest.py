@@ -1,4 +1,4 @@
-"""The likeliest tokens of decode steps, from the vocabularies of Llama-3.1 (128256) and Llama-2 (32000)."""
+"""The likeliest tokens of decode steps, from the vocabularies of Llama-3.1 (128256), Llama-2, Qwen3 and DeepSeek-V3."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def _torch(logits: Tensor, state: Tensor, rows: Tensor) -> Tensor:
     return tokens
 
 
-def _case(rows: int, columns: int) -> Case:
+def _case(rows: int, columns: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         order = torch.int64
         return (
@@ -24,11 +24,12 @@ def _case(rows: int, columns: int) -> Case:
 
     return Case(
         "likeliest_", f"S{rows}-V{columns}", inputs, likeliest_,
-        lambda size: rows * columns * size, likeliest_reference, peers={"torch": _torch},
+        lambda size: rows * columns * size, likeliest_reference, peers={"torch": _torch}, gate=gate,
     )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
     *(_case(s, 128256) for s in (1, 8, 32, 128, 256, 512)),
     *(_case(s, 32000) for s in (1, 128)),
+    *(_case(s, v, gate=False) for s in (1, 64) for v in (151936, 129280)),
 )

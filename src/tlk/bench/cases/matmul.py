@@ -1,4 +1,4 @@
-"""The linear layers of Llama-3.1-8B with their epilogues, for one token up to a prefill."""
+"""The linear layers of Llama-3.1-8B with their epilogues, for one token up to a prefill, and those of other models."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,14 @@ from tlk.bench.case import Case, Inputs
 from tlk.kernels.matmul import matmul, matmul_reference
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
+LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
+QWEN3_30B = ((5120, 2048), (2048, 4096))
+DEEPSEEK_V3 = (
+    *((1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384)),
+    *((36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048)),
+)
+FLUX = ((9216, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360))
+SD35_LARGE = ((7296, 2432), (9728, 2432), (2432, 9728))
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 
@@ -25,6 +33,7 @@ def _case(
     residual: bool = False,
     backend: str | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    gate: bool = True,
 ) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor | None, ...]:
         b, r = new.randn(n) if bias else None, new.randn(m, n) if residual else None
@@ -60,6 +69,7 @@ def _case(
         flops=2 * m * n * k,
         peers={"torch": partial(_torch, activation)},
         dtypes=dtypes,
+        gate=gate,
     )
 
 
@@ -92,4 +102,18 @@ CASES = (
     *(_case(m, 4096, 4096) for m in (2, 4, 8)),
     _case(4096, 4096, 4096, backend="triton"),
     _case(512, 14336, 4096, bias=True, activation="gelu", residual=True, backend="triton"),
+    *(
+        _case(m, n, k, dtypes=HALVES, gate=False)
+        for layers, rows in (
+            (LAYERS, (64, 256)),
+            (LLAMA_70B, (1, 64, 4096)),
+            (QWEN3_30B, (1, 64)),
+            (DEEPSEEK_V3, (1, 64)),
+            (FLUX, (4608,)),
+            (SD35_LARGE, (8858,)),
+            (((8192, 8192),), (8192,)),
+        )
+        for m in rows
+        for n, k in layers
+    ),
 )

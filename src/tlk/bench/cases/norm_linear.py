@@ -1,4 +1,4 @@
-"""The linear layers of Llama-3.1-8B that follow a norm, for one token up to a prefill."""
+"""The linear layers of Llama-3.1-8B and 70B and Qwen3 that follow a norm, for one token up to a prefill."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ def _two_kernels(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
     return matmul(rms_norm(x, norm_weight), weight)
 
 
-def _case(m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES) -> Case:
+def _case(
+    m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES, gate: bool = True
+) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return new.randn(m, k), new.randn(k), new.randn(n, k)
 
@@ -35,6 +37,7 @@ def _case(m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...] = HALVES) -> C
         flops=2 * m * n * k,
         peers={"torch": _torch, "rms_norm, matmul": _two_kernels},
         dtypes=dtypes,
+        gate=gate,
     )
 
 
@@ -43,4 +46,6 @@ CASES = (
     *(_case(m, 128256, 4096) for m in (1, 16)),  # logits
     *(_case(m, 1024, 4096) for m in (1, 16)),
     *(_case(m, 4096, 4096, FLOATS) for m in (1, 2, 4, 8)),
+    *(_case(m, 10240, 8192, gate=False) for m in (1, 64)),  # Llama-3.1-70B
+    *(_case(m, 5120, 2048, gate=False) for m in (1, 64)),  # Qwen3-30B-A3B
 )

@@ -1,4 +1,4 @@
-"""Rotation and cache write of Llama-3.1-8B, and of heads that are normalized or turn in part or in interleaved pairs."""
+"""Rotation and cache write of Llama-3.1 and Qwen3, and of heads that are normalized or turn in part or in interleaved pairs."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def _torch(
 
 def _case(
     t: int, heads: int, kv_heads: int, d: int, rotary: int, interleaved: bool = False,
-    norm: bool = False,
+    norm: bool = False, gate: bool = True,
 ) -> Case:  # fmt: skip
     pages = max(t // PAGE_SIZE, 64)
 
@@ -60,6 +60,7 @@ def _case(
         inputs, run,
         lambda size: 2 * t * (heads * rotary + 2 * kv_heads * d) * size + 4 * t * rotary,
         partial(run, run=rope_and_write_kv_reference_), peers={"torch": _torch} if plain else {},
+        options={"plain": plain}, gate=gate,
     )  # fmt: skip
 
 
@@ -71,4 +72,6 @@ CASES: tuple[Case, ...] = (
     _case(4096, 32, 8, 128, 128, interleaved=True),
     *(_case(t, 32, 8, 128, 128, norm=True) for t in (1, 4096)),
     _case(4096, 32, 8, 128, 64, interleaved=True, norm=True),
+    *(_case(t, 64, 8, 128, 128, gate=False) for t in (1, 128, 8192)),  # Llama-3.1-70B
+    *(_case(t, 32, 4, 128, 128, norm=True, gate=False) for t in (1, 128, 8192)),  # Qwen3-30B-A3B
 )

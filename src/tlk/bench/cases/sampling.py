@@ -1,4 +1,4 @@
-"""Sampling from the vocabularies of Llama-3.1 (128256) and Llama-2 (32000), in the settings that take different paths."""
+"""Sampling from the vocabularies of Llama-3.1 (128256), Llama-2, Qwen3 and DeepSeek-V3, in the settings that take different paths."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _torch_sample(
     return tokens[:, 0], logits.float().log_softmax(-1).gather(-1, tokens)[:, 0]
 
 
-def _sample_case(rows: int, columns: int, name: str) -> Case:
+def _sample_case(rows: int, columns: int, name: str, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         t, k, p, m = SETTINGS[name]
         return (
@@ -57,6 +57,7 @@ def _sample_case(rows: int, columns: int, name: str) -> Case:
         "sample", f"S{rows}-V{columns}-{name}", inputs, sample,
         lambda size: rows * columns * size, sample_reference, peers={"torch": _torch_sample},
         options=dict(zip(("temperature", "top_k", "top_p", "min_p"), SETTINGS[name], strict=True)),
+        gate=gate,
     )  # fmt: skip
 
 
@@ -114,6 +115,7 @@ CASES: tuple[Case, ...] = (
         for s in (1, 128)
     ),
     *(_sample_case(16, v, "k50-p0.9") for v in (128, 500, 1000, 2000, 4000, 32000)),
+    *(_sample_case(s, v, "k50-p0.9", gate=False) for s in (1, 64) for v in (151936, 129280)),
     *(_penalties_case(s) for s in (1, 128)),
     *(_top_case(s, n) for s in (1, 128) for n in (1, 20)),
 )
