@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tlk import __version__, doctor
-from tlk.bench import command, kernel_command
+from tlk.bench import command, kernel_command, tune
 from tlk.bench.serving import Kind
 from tlk.demo import compare, generate
 from tlk.errors import TlkError
@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     ops = kinds.add_parser("kernels", help="each kernel, beside other packages' and its ceiling")
     kernel_command.add_arguments(ops)
     ops.set_defaults(run=kernel_command.run)
+
+    tuning = commands.add_parser("tune", help="measure which configurations are fastest here")
+    tune.add_arguments(tuning)
+    tuning.set_defaults(run=tune.run)
 
     machine = commands.add_parser("doctor", help="is this machine ready, and if not, what to do")
     machine.set_defaults(run=_doctor)

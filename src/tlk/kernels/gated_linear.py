@@ -19,16 +19,16 @@ from tlk.kernels._linear import NORMED, launch
 from tlk.kernels._op import op
 from tlk.kernels.activation import gelu_and_mul, silu_and_mul
 from tlk.kernels.matmul import (
-    DECODE_ROWS,
     activate_reference,
     check_linear,
     choose,
-    decode_config,
+    decode_candidates,
     matmul,
     matmul_reference,
     measured,
     name_of,
 )
+from tlk.kernels.matmul import default_config as matmul_default
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.norm_linear import check_norm_weight, chosen_backend, norm_linear
 from tlk.kernels.tuning import Config
@@ -60,16 +60,30 @@ def gated_linear_reference(
     return (activate_reference(gate, activation) * up).to(x.dtype)
 
 
+def default_config(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> Config:
+    """What runs `running` rows of x and a weight [2I, K] = `dims` where no table says anything."""
+    config = matmul_default(arch, processors, dtype, dims, running)
+    return config if config["backend"] == "triton" else SEPARATE
+
+
+def candidates(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> list[Config]:
+    """What may be fastest for `running` rows of x and a weight [2I, K] = `dims`."""
+    found = decode_candidates(arch, processors, dtype, dims, running)
+    return [*(c for c in found if c["meta"]["BLOCK_N"] > 1), SEPARATE]  # a row of each half
+
+
 def _choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     if backend == "invariant":
         return SEPARATE
-    m, (n, k) = x.shape[:-1].numel(), weight.shape
     config = measured("gated_linear", VERSION, x, weight)
-    if config is not None:
-        return config
-    if m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
-        return decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n, k)
-    return SEPARATE
+    if config is None:
+        m, (n, k) = x.shape[:-1].numel(), weight.shape
+        return default_config(sm(x.device), sm_count(x.device), x.dtype, (n, k), m)
+    return config
 
 
 def _chosen_backend(

@@ -24,6 +24,8 @@ follows torch's allow_fp16_reduced_precision_reduction, as F.linear does.
 Cost: N·K·itemsize bytes for small M (W is read once, by `evict_first`), 2·M·N·K flops for large M.
 """
 
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -52,9 +54,21 @@ BACKENDS = (None, "triton", "cublas", "invariant")
 VERSION = 2  # of the kernels: raise it when measured configurations no longer apply
 
 DECODE_ROWS = 16  # up to here a linear layer is a matter of reading W once
+DOT_ROWS = 64  # up to here "dot" may still be faster than cuBLAS
 LONGEST_ROW = 32768  # bytes of x that "gemv" keeps in the registers of a program
 
+MOST_ROWS = {"gemv": 1, "fma": DECODE_ROWS, "dot": DOT_ROWS}
+"""Rows of x beyond which a table's word for a kernel, measured on fewer, is not taken."""
+
 CUBLAS: Config = {"backend": "cublas"}
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps and stages that "tile" is tuned over
+TILES = (
+    (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 128, 128, 4, 3),
+    (128, 64, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
+)  # fmt: skip
+TILES_OF_FLOATS = ((64, 64, 16, 8, 3), (64, 64, 16, 4, 4), (64, 128, 16, 8, 3), (128, 64, 16, 8, 3))
 
 
 def activate_reference(y: Tensor, activation: str | None) -> Tensor:
@@ -153,6 +167,92 @@ def tile_config(arch: int, dtype: torch.dtype) -> Config:
     return {"backend": "triton", "kernel": "tile", "meta": meta}
 
 
+def default_config(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> Config:
+    """What runs `running` rows of x and a weight [n, k] = `dims` where no table says anything."""
+    if running > (4 if dtype == torch.float32 else DECODE_ROWS):
+        return CUBLAS
+    return decode_config(arch, processors, dtype, running, *dims)
+
+
+def candidates(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> list[Config]:
+    """What may be fastest for `running` rows of x and a weight [n, k] = `dims`."""
+    found = decode_candidates(arch, processors, dtype, dims, running)
+    if running > DECODE_ROWS and arch >= 80:
+        found += [triton_config("tile", **meta) for meta in _tile_metas(dtype, running)]
+    return [*found, CUBLAS]
+
+
+def decode_candidates(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> list[Config]:
+    """The configurations of "gemv", "fma" and "dot" worth a measurement; none for many rows."""
+    (n, k), size = dims, dtype.itemsize
+    tensor_cores = arch >= 80 and size == 2
+    found: list[Config] = []
+    if running == 1 and k * size <= LONGEST_ROW:
+        found = [triton_config("gemv", **meta) for meta in _gemv_metas(size, processors, n, k)]
+    elif running <= (4 if tensor_cores else DECODE_ROWS):
+        found = [triton_config("fma", **meta) for meta in _fma_metas(size, running)]
+    if tensor_cores and 1 < running <= DOT_ROWS:
+        metas = _dot_metas(arch, processors, n, running)
+        found += [triton_config("dot", **meta) for meta in metas]
+    return found
+
+
+def triton_config(kernel: str, **meta: int) -> Config:
+    return {"backend": "triton", "kernel": kernel, "meta": meta}
+
+
+def _gemv_metas(size: int, processors: int, n: int, k: int) -> Iterator[dict[str, int]]:
+    """128 or 256 bytes of W a thread; programs of a few tiles each, or one, two or four an SM."""
+    width = next_power_of_2(k) * size
+    for warps, rows in itertools.product((2, 4, 8, 16), (1, 2, 4, 8, 16)):
+        if not 128 <= rows * width // (32 * warps) <= 256:
+            continue
+        met = set()
+        for per_sm, most in ((1, 1), (1, 2), (1, 4), (1, 8), (4, n), (2, n), (1, n)):
+            steps = min(cdiv(cdiv(n, rows), per_sm * processors), most)
+            if steps not in met:
+                met.add(steps)
+                yield {"BLOCK_N": rows, "PER_SM": per_sm, "MOST_TILES": most, "num_warps": warps}
+
+
+def _fma_metas(size: int, running: int) -> Iterator[dict[str, int]]:
+    """8 to 64 sums a thread."""
+    block_m = min(next_power_of_2(running), 8)
+    for block_n, nbytes, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (4, 8)):
+        if 8 <= block_m * block_n * (nbytes // size) // (32 * warps) <= 64:
+            blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": nbytes // size}
+            yield blocks | {"num_warps": warps}
+
+
+def _dot_metas(arch: int, processors: int, n: int, running: int) -> Iterator[dict[str, int]]:
+    """Tiles of W that half the SMs get or more, and pipelines as deep as shared memory allows."""
+    rows = next_power_of_2(running)
+    heights = (8, 16) if rows <= 8 else (rows,) if rows == 16 else (rows // 2, rows)
+    memory = (64, 96) if arch in (86, 89, 120) else (64, 96, 128, 192)
+    for block_m, block_n, block_k in itertools.product(heights, (16, 32, 64, 128), (64, 128, 256)):
+        tiles = cdiv(n, block_n)
+        if tiles < 0.4 * processors or (block_n < 64 and tiles > 8 * processors):
+            continue
+        stage = (block_n + block_m) * block_k * 2
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        for stages in sorted({min(m * 1024 // stage, 8) for m in memory} - {0, 1}):
+            for warps in sorted({block_n // 16, min(block_n // 16, 4)}):
+                yield blocks | {"PREFETCH": 256, "num_warps": warps, "num_stages": stages}
+
+
+def _tile_metas(dtype: torch.dtype, running: int) -> Iterator[dict[str, int]]:
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+    for values in TILES_OF_FLOATS if dtype == torch.float32 else TILES:
+        if values[0] <= max(next_power_of_2(running), 64):
+            yield dict(zip(names, values, strict=True)) | {"GROUP_M": 8}
+
+
 def choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     """The configuration of one call: forced, measured or the default."""
     if backend == "cublas":
@@ -163,10 +263,9 @@ def choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     m, (n, k) = x.shape[:-1].numel(), weight.shape
     if backend is None:
         config = measured("matmul", VERSION, x, weight)
-        decode = m <= (4 if x.dtype == torch.float32 else DECODE_ROWS)
-        if config is None and not decode:
-            config = CUBLAS
-        if config is not None and (config["backend"] != "cublas" or _cublas_is_exact(x.dtype)):
+        if config is None:
+            config = default_config(arch, sm_count(x.device), x.dtype, (n, k), m)
+        if config["backend"] != "cublas" or _cublas_is_exact(x.dtype):
             return config
     if m <= DECODE_ROWS:
         return decode_config(arch, sm_count(x.device), x.dtype, m, n, k)
@@ -174,11 +273,13 @@ def choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
 
 
 def measured(op: str, version: int, x: Tensor, weight: Tensor) -> Config | None:
-    """What tables say of act(x · weightᵀ), or None; "gemv" is for one row, and not for any length."""
+    """What tables say of act(x · weightᵀ), or None where they name a kernel for fewer rows."""
     m, (n, k) = x.shape[:-1].numel(), weight.shape
     config = lookup(op, version, x.device, x.dtype, (n, k), m)
-    if config is not None and config.get("kernel") == "gemv":
-        return config if m == 1 and k * x.element_size() <= LONGEST_ROW else None
+    if config is None or m > MOST_ROWS.get(config.get("kernel", ""), m):
+        return None
+    if config.get("kernel") == "gemv" and k * x.element_size() > LONGEST_ROW:
+        return None
     return config
 
 

@@ -11,15 +11,15 @@ from tlk.kernels._device import sm, sm_count
 from tlk.kernels._linear import NORMED, launch
 from tlk.kernels._op import op
 from tlk.kernels.matmul import (
-    DECODE_ROWS,
     check_linear,
     choose,
-    decode_config,
+    decode_candidates,
     matmul,
     matmul_reference,
     measured,
     name_of,
 )
+from tlk.kernels.matmul import default_config as matmul_default
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.tuning import Config
 
@@ -46,15 +46,34 @@ def norm_linear_reference(
     return matmul_reference(h, weight, bias, activation, None, backend).to(x.dtype)
 
 
+def default_config(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> Config:
+    """What runs `running` rows of x and a weight [n, k] = `dims` where no table says anything."""
+    config = matmul_default(arch, processors, dtype, dims, running)
+    return config if config.get("kernel") in NORMED else UNFUSED
+
+
+def candidates(
+    arch: int, processors: int, dtype: torch.dtype, dims: tuple[int, ...], running: int
+) -> list[Config]:
+    """What may be fastest for `running` rows of x and a weight [n, k] = `dims`.
+
+    UNFUSED always takes part: for one row and 28672 rows of W it has been faster than the norm in "gemv".
+    """
+    found = decode_candidates(arch, processors, dtype, dims, running)
+    return [*(c for c in found if c["kernel"] in NORMED), UNFUSED]
+
+
 def _choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
     if backend == "invariant":
         return UNFUSED
-    n, k = weight.shape
-    m = x.shape[:-1].numel()
     config = measured("norm_linear", VERSION, x, weight)
-    if config is None and m <= (4 if x.dtype == torch.float32 else DECODE_ROWS):
-        config = decode_config(sm(x.device), sm_count(x.device), x.dtype, m, n, k)
-    return config if config is not None and config.get("kernel") in NORMED else UNFUSED
+    if config is None:
+        n, k = weight.shape
+        m = x.shape[:-1].numel()
+        return default_config(sm(x.device), sm_count(x.device), x.dtype, (n, k), m)
+    return config if config.get("kernel") in NORMED else UNFUSED
 
 
 def chosen_backend(

@@ -13,16 +13,23 @@ and in the user's cache (``<cache_dir>/tuned/<sm>/<op>.json``). The first of the
 within `REACH` answers: the user's own measurements on this device, shipped ones on this device, any
 on this SM. None sends the caller to its heuristic. Nothing here compiles, times or touches the GPU,
 and an SM never reads another SM's table: a tile that fits sm_90 need not fit sm_120.
+
+`record` adds entries to a table while other processes read it or add to it.
 """
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 
@@ -36,10 +43,23 @@ SHIPPED = Path(__file__).parent.parent / "tuned"
 REACH = 2.0
 """Octaves in any one dimension beyond which a measurement says nothing about a shape."""
 
+Source = Literal[
+    "forced", "user cache", "shipped table for this device", "table for this SM", "heuristic"
+]
+"""Where the configuration of a call comes from; a heuristic has not been measured."""
+
+_FORCED: ContextVar[Mapping[str, Config | None]] = ContextVar(
+    "tlk_forced_configs", default=MappingProxyType({})
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One measurement: the best configuration of an op at a shape on a device."""
+    """One measurement: the best configuration of an op at a shape on a device.
+
+    The rest is where it comes from: median microseconds a call of `config`, of what the heuristic
+    had chosen and of what leaves the work to a library, the version of Triton, and the day.
+    """
 
     version: int
     device: str
@@ -47,6 +67,16 @@ class Entry:
     dims: tuple[int, ...]
     bucket: int
     config: Config
+    us: float | None = None
+    default_us: float | None = None
+    library_us: float | None = None
+    triton: str | None = None
+    date: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, tuple[int, ...], int]:
+        """What the measurement is of; a table holds one entry for each."""
+        return self.device, self.dtype, self.dims, self.bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +112,37 @@ def lookup(
     Depends on shapes, dtype and device only. The first call reads the op's tables, later ones of
     the same shape cost about a microsecond. Raises ValueError naming a table that does not parse.
     """
-    return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))
+    forced = _FORCED.get()
+    if op in forced:
+        return forced[op]
+    return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))[0]
+
+
+def source_of(
+    op: str,
+    version: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+) -> Source:
+    """Where `lookup` finds its answer to the same arguments."""
+    if op in _FORCED.get():
+        return "forced"
+    return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))[1]
+
+
+@contextlib.contextmanager
+def forced(op: str, config: Config | None) -> Iterator[None]:
+    """Make every `lookup` of `op` in the block answer `config`; None leaves it to the heuristic.
+
+    For whoever measures, in this thread. The config is taken as it is: it must fit the call.
+    """
+    token = _FORCED.set({**_FORCED.get(), op: config})
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
 
 
 @lru_cache(maxsize=4096)
@@ -94,11 +154,14 @@ def _lookup(
     dtype: torch.dtype,
     dims: tuple[int, ...],
     running_bucket: int,
-) -> Config | None:
+) -> tuple[Config | None, Source]:
     name = device_name(device)
     mine, shipped = (_entries(path) for path in _paths(op, arch))
     here = [e for e in mine if e.device == name], [e for e in shipped if e.device == name]
-    for entries in (*here, (*mine, *shipped)):
+    sources: tuple[Source, ...] = (
+        "user cache", "shipped table for this device", "table for this SM",
+    )  # fmt: skip
+    for entries, source in zip((*here, (*mine, *shipped)), sources, strict=True):
         fitting = [
             e
             for e in entries
@@ -107,8 +170,8 @@ def _lookup(
             and len(e.dims) == len(dims)
         ]
         if (nearest := _nearest(fitting, dims, running_bucket)) is not None:
-            return nearest.config
-    return None
+            return nearest.config, source
+    return None, "heuristic"
 
 
 def _nearest(entries: Iterable[Entry], dims: tuple[int, ...], running_bucket: int) -> Entry | None:
@@ -140,6 +203,46 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def table_path(op: str, arch: int, shipped: bool = False) -> Path:
+    """The file of an op's entries for an SM: the user's own, or the one in the package."""
+    return _paths(op, arch)[shipped]
+
+
+def record(path: Path, entries: Iterable[Entry]) -> None:
+    """Put `entries` into the table at `path`, in the place of older ones of the same keys.
+
+    Readers find the old table or the new one, whole. A lock on the folder lets several processes
+    add to a table at once. One line per entry, sorted, so that two tables are easy to compare.
+    Raises ValueError naming the table if it does not parse.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        merged = {e.key: e for e in (*read(path), *entries)}
+        rows = (json.dumps(_row(merged[key]), ensure_ascii=False) for key in sorted(merged))
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write("[\n" + ",\n".join(rows) + "\n]\n")
+        os.chmod(file.name, 0o644)  # temporary files are for their owner alone
+        os.replace(file.name, path)
+    forget()
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in asdict(entry).items() if value is not None}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder` alone; the end of the process gives it back too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _paths(op: str, arch: int) -> tuple[Path, Path]:
     """The user's table and the shipped one."""
     return (
@@ -148,8 +251,11 @@ def _paths(op: str, arch: int) -> tuple[Path, Path]:
     )
 
 
-@lru_cache
-def _entries(path: Path) -> tuple[Entry, ...]:
+def read(path: Path) -> tuple[Entry, ...]:
+    """The entries of the table at `path` as it is now; none if there is no file.
+
+    Raises ValueError naming a table that does not parse.
+    """
     if not path.exists():
         return ()
     try:
@@ -158,5 +264,8 @@ def _entries(path: Path) -> tuple[Entry, ...]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"tuning table {path} must be a list of entries with the fields "
-            f"{', '.join(Entry.__slots__)}: {error}; delete it or run `tlk tune` again"
+            f"{', '.join(Entry.__slots__[:6])}: {error}; delete it or run `tlk tune` again"
         ) from error
+
+
+_entries = lru_cache(read)

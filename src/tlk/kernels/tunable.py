@@ -1,0 +1,47 @@
+"""The ops that `tlk tune` measures, each with its search space and the heuristic that it must beat.
+
+A kernel file states three things of an op, and this one names them:
+
+- `VERSION`, to be raised when measured configurations no longer apply;
+- `candidates(arch, processors, dtype, dims, running)`, what may be fastest at one key of its tables;
+- `default_config` of the same arguments, what runs where no table answers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tlk.kernels.gated_linear import VERSION as GATED_LINEAR
+from tlk.kernels.gated_linear import candidates as gated_linear_candidates
+from tlk.kernels.gated_linear import default_config as gated_linear_default
+from tlk.kernels.matmul import VERSION as MATMUL
+from tlk.kernels.matmul import candidates as matmul_candidates
+from tlk.kernels.matmul import default_config as matmul_default
+from tlk.kernels.norm_linear import VERSION as NORM_LINEAR
+from tlk.kernels.norm_linear import candidates as norm_linear_candidates
+from tlk.kernels.norm_linear import default_config as norm_linear_default
+from tlk.kernels.tuning import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """`candidates` and `default` take (arch, processors, dtype, dims, running).
+
+    launch_only: parameters of a configuration that leave the compiled kernel as it is.
+    """
+
+    version: int
+    candidates: Callable[[int, int, torch.dtype, tuple[int, ...], int], list[Config]]
+    default: Callable[[int, int, torch.dtype, tuple[int, ...], int], Config]
+    launch_only: frozenset[str] = frozenset()
+
+
+_LINEAR = frozenset({"PER_SM", "MOST_TILES"})
+
+# In the order in which they are measured: what an op may hand its work to comes before it.
+TUNABLE = {
+    "matmul": Tunable(MATMUL, matmul_candidates, matmul_default, _LINEAR),
+    "norm_linear": Tunable(NORM_LINEAR, norm_linear_candidates, norm_linear_default, _LINEAR),
+    "gated_linear": Tunable(GATED_LINEAR, gated_linear_candidates, gated_linear_default, _LINEAR),
+}
