@@ -1,7 +1,7 @@
 """What the kernels are measured against, by op: other packages' kernels, and plain torch, compiled too."""
 
 from tlk.bench.case import Case
-from tlk.bench.kernel_peers import flashinfer_peers, liger_peers, torch_peers
+from tlk.bench.kernel_peers import flashinfer_peers, liger_peers, quantized_peers, torch_peers
 from tlk.bench.kernel_peers.peer import Peer, plain
 
 PEERS: dict[str, tuple[Peer, ...]] = {
@@ -13,6 +13,8 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "gelu_and_mul": (flashinfer_peers.GELU_AND_MUL,),
     "rope_and_write_kv_": (liger_peers.ROPE,),
     "sample": flashinfer_peers.SAMPLE,
+    "dequant_mm": quantized_peers.DEQUANT_MM,
+    "scaled_mm": quantized_peers.SCALED_MM,
 }
 # Their results are a matter of chance, or of which of equal logits comes first.
 UNCOMPARED = {"sample", "likeliest_", "top_logprobs"}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from tlk.bench.case import Case
-from tlk.bench.kernel_peers.peer import Call, Peer
+from tlk.bench.kernel_peers.peer import Call, Peer, want
 
 
 def _rms_norm(case: Case, inputs: tuple[Any, ...]) -> Call:
@@ -37,6 +37,7 @@ def _silu_and_mul(case: Case, inputs: tuple[Any, ...]) -> Call:
 
 def _rope(case: Case, inputs: tuple[Any, ...]) -> Call:
     """Without the write to the cache, which it does not have: less work than ours."""
+    want(case.options.get("plain", True), "whole heads, not interleaved, and no norms")
     forward = import_module("liger_kernel.ops.rope").rope_forward
     q, k, _, cos, sin, positions = inputs[:6]
     c, s = (table[positions].repeat(1, 2).to(q.dtype)[None] for table in (cos, sin))
