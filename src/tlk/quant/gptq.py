@@ -102,7 +102,7 @@ def gptq(
 
     Raises Indefinite if that does not help, ValueError for arguments that do not fit.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     size = group_size or k
     if hessian.shape != (k, k):
         raise ValueError(f"hessian must have shape {(k, k)}, got {tuple(hessian.shape)}")
@@ -112,22 +112,30 @@ def gptq(
         raise ValueError("act_order must be False where groups are not static")
     w, h = weight.to(torch.float32, copy=True), hessian.to(torch.float32, copy=True)
     _bury_dead(w, h)
-    order = h.diagonal().argsort(descending=True) if act_order else None
     lattice = find(w) if static_groups else None
-    if order is not None:
+    order = torch.arange(k, device=w.device)
+    if act_order:
+        order = h.diagonal().argsort(descending=True)
         w, h = w[:, order], h[order][:, order]
     u, damping = factor(h, damping)
     del h
-    groups = (torch.arange(k, device=w.device) if order is None else order) // size
-    parts: list[Lattice] = []
+    values, lattice, loss = _walk(w, u, order // size, lattice, find, size)
+    if act_order:
+        values = values[:, order.argsort()]
+    return Rounding(values, lattice, loss, damping)
+
+
+def _walk(
+    w: Tensor, u: Tensor, groups: Tensor, static: Lattice | None, find: Find, size: int
+) -> tuple[Tensor, Lattice, float]:
+    """Round the columns of `w` in their order, writing over it; `groups` [K] are theirs in the lattice."""
     values, loss = torch.empty_like(w), torch.zeros((), device=w.device)
-    for start in range(0, k, BLOCK):
-        here = slice(start, min(start + BLOCK, k))
-        if not static_groups:
+    parts = [] if static is None else [static]
+    for start in range(0, w.shape[1], BLOCK):
+        here = slice(start, min(start + BLOCK, w.shape[1]))
+        if static is None:
             parts += _found(w, find, size, here)
-            lattice = _joined(parts)
-        assert lattice is not None
-        columns = lattice.columns(groups[here])
+        columns = _joined(parts).columns(groups[here])
         codes, errors = gptq_block(
             w[:, here], u[here, here], columns.scale, columns.zero,
             grid=columns.grid, top=columns.top,
@@ -135,10 +143,7 @@ def gptq(
         w[:, here.stop :].addmm_(errors, u[here, here.stop :], alpha=-1)
         values[:, here] = columns.values(codes)
         loss += errors.square().sum() / 2
-    if order is not None:
-        values = values[:, order.argsort()]
-    assert lattice is not None
-    return Rounding(values, lattice, float(loss), damping)
+    return values, _joined(parts), float(loss)
 
 
 def _bury_dead(w: Tensor, h: Tensor) -> None:
@@ -161,9 +166,9 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
         added = damping
         lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
-            upper = lower.flip(0, 1)
-            eye = torch.eye(len(upper), device=upper.device, dtype=upper.dtype)
-            return torch.linalg.solve_triangular(upper, eye, upper=True), damping
+            eye = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+            transposed = lower.flip(0, 1).mT  # so that the rows of U come out contiguous
+            return torch.linalg.solve_triangular(transposed, eye, upper=False).mT, damping
         damping += 0.01
     raise Indefinite(f"the Hessian is not positive definite with {added:.2f} of its mean added")
 
@@ -175,6 +180,8 @@ def _found(w: Tensor, find: Find, size: int, here: slice) -> list[Lattice]:
 
 
 def _joined(parts: list[Lattice]) -> Lattice:
+    if len(parts) == 1:
+        return parts[0]
     zeros = [p.zero for p in parts if p.zero is not None]
     return Lattice(
         torch.cat([p.scale for p in parts], 1),
