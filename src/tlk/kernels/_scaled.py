@@ -37,9 +37,10 @@ def _added(x, w, acc, PROMOTE: tl.constexpr):
     """acc + x w."""
     if acc.dtype == tl.int32:
         return tl.dot(x, w, acc, out_dtype=tl.int32)
-    if PROMOTE == 0:
+    elif PROMOTE == 0:
         return tl.dot(x, w, acc)
-    return tl.dot(x, w, acc, max_num_imprecise_acc=PROMOTE)
+    else:
+        return tl.dot(x, w, acc, max_num_imprecise_acc=PROMOTE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -123,14 +124,10 @@ def _block_scales(
     start, first_m, first_n, xs_ptr, ws_ptr, M, N, stride_xs, stride_ws,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a product of 128 columns from `start` on, [BLOCK_M] and [BLOCK_N] (or one for all)."""
+    """Scales of a product of 128 columns from `start` on: [BLOCK_M], and [BLOCK_N] or 1 for all."""
     m = first_m + tl.arange(0, BLOCK_M)
     sx = tl.load(xs_ptr + m.to(tl.int64) * stride_xs + start // BLOCK, m < M, other=0.0)
-    if BLOCK % BLOCK_N == 0:
-        return sx, tl.load(ws_ptr + first_n // BLOCK * stride_ws + start // BLOCK) + tl.zeros(
-            (1,), tl.float32
-        )
-    n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
+    n = tl.minimum(first_n + tl.arange(0, BLOCK_N if BLOCK_N > BLOCK else 1), N - 1)
     return sx, tl.load(ws_ptr + n // BLOCK * stride_ws + start // BLOCK)
 
 

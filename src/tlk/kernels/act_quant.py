@@ -73,8 +73,8 @@ def _quantized(
     if scale is None:
         used = scale_reference(h, dtype, group_size)
     else:
-        used = scale.reshape((1,) * h.dim()).expand(*h.shape[:-1], 1).contiguous()
-        used = used.clone() if used.data_ptr() == scale.data_ptr() else used
+        used = scale.reshape(()).expand(*h.shape[:-1], 1)
+        used = used.clone(memory_format=torch.contiguous_format)
     return cast_reference(h, used, dtype, group_size), used
 
 
