@@ -1,12 +1,17 @@
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
 import timeit
+from functools import partial
 
 import pytest
 import torch
 
 from tests.interpreter import interpret
 from tlk.kernels import tuning
-from tlk.kernels.tuning import bucket, cache_dir, lookup, tables
+from tlk.kernels.tuning import Entry, bucket, cache_dir, forced, lookup, record, source_of, tables
 
 DEVICE, BF16 = torch.device("cpu"), torch.bfloat16
 HERE, ELSEWHERE = "cpu", "NVIDIA H200"
@@ -144,3 +149,187 @@ def test_a_repeated_lookup_is_cheap(write):
     call = lambda: lookup("matmul", 1, DEVICE, BF16, (4096, 4096), 16)  # noqa: E731
     best = min(timeit.repeat(call, number=1000, repeat=20)) / 1000
     assert best < 5e-6  # about 1 µs; the margin is for busy machines
+
+
+def test_a_first_lookup_neither_compiles_nor_times(write, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("not in a lookup")
+
+    write(entry("x"))
+    monkeypatch.setattr("triton.compile", refuse)
+    monkeypatch.setattr("triton.compiler.compile", refuse)
+    monkeypatch.setattr("triton.testing.do_bench", refuse)
+    monkeypatch.setattr(torch.cuda, "Event", refuse)
+    assert found() == "x"
+
+
+def test_where_a_configuration_comes_from(write):
+    def source(running=16):
+        return source_of("matmul", 1, DEVICE, BF16, (4096, 4096), running)
+
+    assert source() == "heuristic"
+    write(entry("other device", device=ELSEWHERE))
+    assert source() == "table for this SM"
+    write(entry("this device"))
+    assert source() == "shipped table for this device"
+    write(entry("mine, from another GPU", device=ELSEWHERE), shipped=False)
+    assert source() == "shipped table for this device"
+    write(entry("mine"), shipped=False)
+    assert source() == "user cache"
+    assert source(running=8192) == "heuristic"
+
+
+def test_forced_configurations_are_for_their_op_and_block(write):
+    write(entry("table"), entry("table", dtype="float16"))
+    with forced("matmul", {"backend": "mine"}):
+        assert found() == found(dtype=torch.float32, dims=(1,), running=9999) == "mine"
+        assert source_of("matmul", 1, DEVICE, BF16, (4096, 4096), 16) == "forced"
+        assert found(op="norm_linear") is None
+        with forced("norm_linear", {"backend": "other"}), forced("matmul", None):
+            assert (found(), found(op="norm_linear")) == (None, "other")
+        assert found() == "mine"
+    assert found() == "table"
+    with pytest.raises(KeyError), forced("matmul", {"backend": "mine"}):
+        raise KeyError
+    assert found() == "table"
+
+
+def measured(name="x", *, dims=(8, 8), at=0, device=HERE, dtype="bfloat16", version=1, **more):
+    return Entry(version, device, dtype, dims, at, {"backend": name}, **more)
+
+
+def test_records_are_found_at_once(write, tmp_path):
+    path = tuning.table_path("matmul", 90)
+    assert found(dims=(8, 8), running=1) is None
+    record(path, [measured("new", us=1.5, triton="3.7.1")])
+    assert found(dims=(8, 8), running=1) == "new"
+    assert tuning.read(path) == (measured("new", us=1.5, triton="3.7.1"),)
+
+
+def test_a_table_is_sorted_one_entry_a_line_and_the_same_for_the_same_entries(tmp_path):
+    entries = [
+        measured(dims=(64, 8), at=1),
+        measured(dims=(64, 8), at=10),
+        measured(dims=(64, 8), at=2),
+        measured(dims=(8, 8), device=ELSEWHERE),
+        measured(dims=(128, 8), dtype="float16"),
+    ]
+    forward, backward = tmp_path / "a.json", tmp_path / "b.json"
+    record(forward, entries)
+    for one in reversed(entries):
+        record(backward, [one])
+    assert forward.read_bytes() == backward.read_bytes()
+    first, *lines, last = forward.read_text().splitlines()
+    assert (first, last) == ("[", "]") and len(lines) == 5
+    rows = [json.loads(line.rstrip(",")) for line in lines]
+    assert [(r["device"], r["dtype"], r["dims"][0], r["bucket"]) for r in rows] == [
+        (ELSEWHERE, "bfloat16", 8, 0),
+        (HERE, "bfloat16", 64, 1),
+        (HERE, "bfloat16", 64, 2),
+        (HERE, "bfloat16", 64, 10),
+        (HERE, "float16", 128, 0),
+    ]
+    assert "us" not in rows[0]  # what is not known is not written
+
+
+def test_a_newer_measurement_takes_the_olders_place(tmp_path):
+    path = tmp_path / "matmul.json"
+    record(path, [measured("old"), measured("old", at=1)])
+    record(path, [measured("new", version=2)])
+    assert [e.config["backend"] for e in tuning.read(path)] == ["new", "old"]
+
+
+def test_nothing_but_the_table_is_left_in_its_folder(tmp_path):
+    path = tmp_path / "sm_90" / "matmul.json"
+    record(path, [measured()])
+    record(path, [measured(at=1)])
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_corrupt_table_is_not_written_over(tmp_path):
+    path = tmp_path / "matmul.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="must be a list"):
+        record(path, [measured()])
+    assert path.read_text() == "{"
+
+
+def record_some(path, start):
+    for i in range(start, start + 10):
+        record(path, [measured(at=i)])
+
+
+def test_processes_may_record_at_once(tmp_path):
+    path = tmp_path / "matmul.json"
+    fork = multiprocessing.get_context("fork")
+    run = partial(fork.Process, target=record_some)
+    processes = [run(args=(path, start)) for start in range(0, 50, 10)]
+    for process in processes:
+        process.start()
+    seen = 0
+    while any(process.is_alive() for process in processes):
+        assert len(tuning.read(path)) >= seen  # never a part of a table
+        seen = len(tuning.read(path))
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [e.bucket for e in tuning.read(path)] == list(range(50))
+
+
+COLD = """
+import json, sys
+from pathlib import Path
+import torch
+from triton import knobs
+from tlk.kernels import matmul, tuning
+from tlk.kernels.aot import dry_run
+
+compiled = []
+knobs.compilation.listener = lambda *, src, cache_hit, **_: compiled.append(cache_hit)
+tuning.SHIPPED = Path(sys.argv[1])
+BF16 = torch.bfloat16
+
+with dry_run(90) as launches:  # which refuses to tune
+    for tokens in (1, 16, 15, 1, 16):
+        x = torch.empty(tokens, 256, dtype=BF16)
+        for n in (512, 256):
+            matmul(x, torch.empty(n, 256, dtype=BF16))
+    sources = [
+        tuning.source_of("matmul", 2, x.device, BF16, (n, 256), m) for n in (512, 256) for m in (1, 15)
+    ]
+print(json.dumps({
+    "in_cache": compiled,
+    "warps": sorted({(x.kernel, x.num_warps) for x in launches}),
+    "launches": len(launches),
+    "kernels": len({x.compiled.hash for x in launches}),
+    "sources": sources,
+}))
+"""
+
+
+def test_a_cold_process_compiles_each_kernel_of_a_shipped_table_once_and_tunes_nothing(tmp_path):
+    gemv = {"BLOCK_N": 2, "PER_SM": 1, "MOST_TILES": 3, "num_warps": 2}
+    dot = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "PREFETCH": 0, "num_warps": 8}
+    for at, kernel, meta in ((0, "gemv", gemv), (4, "dot", dot)):
+        config = {"backend": "triton", "kernel": kernel, "meta": meta}
+        entry = Entry(2, HERE, "bfloat16", (512, 256), at, config)
+        record(tmp_path / "shipped/sm_90/matmul.json", [entry])
+    folders = {"TLK_CACHE_DIR": str(tmp_path / "tlk"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    command = [sys.executable, "-c", COLD, str(tmp_path / "shipped")]
+
+    def fresh_process():
+        done = subprocess.run(
+            command, env={**os.environ, **folders}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    cold = fresh_process()
+    assert cold["sources"] == ["shipped table for this device"] * 4
+    assert cold["warps"] == [["_dot_kernel", 8], ["_gemv_kernel", 2]]
+    assert (cold["launches"], cold["kernels"]) == (10, 2)
+    assert cold["in_cache"] == [False] * 2
+    assert not (tmp_path / "tlk").exists()
+    warm = fresh_process()
+    assert warm["in_cache"] == [True] * 2

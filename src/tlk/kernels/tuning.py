@@ -48,6 +48,9 @@ Source = Literal[
 ]
 """Where the configuration of a call comes from; a heuristic has not been measured."""
 
+SOURCES: tuple[Source, ...] = ("user cache", "shipped table for this device", "table for this SM")
+"""The tables in the order in which they are asked."""
+
 _FORCED: ContextVar[Mapping[str, Config | None]] = ContextVar(
     "tlk_forced_configs", default=MappingProxyType({})
 )
@@ -158,10 +161,7 @@ def _lookup(
     name = device_name(device)
     mine, shipped = (_entries(path) for path in _paths(op, arch))
     here = [e for e in mine if e.device == name], [e for e in shipped if e.device == name]
-    sources: tuple[Source, ...] = (
-        "user cache", "shipped table for this device", "table for this SM",
-    )  # fmt: skip
-    for entries, source in zip((*here, (*mine, *shipped)), sources, strict=True):
+    for entries, source in zip((*here, (*mine, *shipped)), SOURCES, strict=True):
         fitting = [
             e
             for e in entries
