@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ from tlk import doctor
 from tlk.doctor import check, usable
 from tlk.errors import UnsupportedError
 from tlk.kernels import paged_prefill, toolchain, tuning
+from tlk.kernels.tunable import TUNABLE
 
 
 @pytest.fixture(autouse=True)
@@ -121,22 +121,64 @@ def test_a_missing_package_is_named(bare, monkeypatch):
     assert found("versions").message == "triton is not installed: pip install triton"
 
 
-@pytest.mark.parametrize(
-    ("device", "state", "message"),
-    [
-        ("NVIDIA H200", "ok", "measured on a NVIDIA H200: matmul"),
-        ("NVIDIA H100", "note", "none for NVIDIA H200; those of NVIDIA H100, the same sm_90"),
-        (None, "note", "none for sm_90"),
-    ],
-)
-def test_tables_are_those_of_this_gpu(gpu, tmp_path, device, state, message):
-    if device:
-        entry = {"version": 1, "device": device, "dtype": "bfloat16", "dims": [8, 8], "bucket": 0}
-        path = tmp_path / "tlk/tuned/sm_90/matmul.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps([{**entry, "config": {"backend": "cublas"}}]))
-    assert found("tuned tables").state == state
-    assert found("tuned tables").message.startswith(message)
+NOT = "heuristic for sm_90, not measured"
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write a table of one entry: `table("matmul", device, shipped=…)`."""
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(doctor, "TUNABLE", {op: TUNABLE[op] for op in ("matmul", "norm_linear")})
+
+    def write(op, device="NVIDIA H200", version=None, shipped=False):
+        version = TUNABLE[op].version if version is None else version
+        entry = tuning.Entry(version, device, "bfloat16", (8, 8), 0, {"backend": "cublas"})
+        tuning.record(tuning.table_path(op, 90, shipped), [entry])
+
+    return write
+
+
+def test_no_table_is_said_of_every_op(gpu, table):
+    assert found("tuned tables") == doctor.Check(
+        "tuned tables", "note", f"{NOT}: matmul, norm_linear"
+    )
+    gpu.sm = 89
+    assert found("tuned tables").message.startswith("heuristic for sm_89, not measured: matmul")
+
+
+def test_every_tunable_op_is_told(gpu):
+    assert found("tuned tables").message.endswith(", ".join(TUNABLE))
+
+
+def test_tables_are_told_by_where_they_come_from(gpu, table):
+    table("matmul", shipped=True)
+    message = f"shipped table for this device: matmul; {NOT}: norm_linear"
+    assert found("tuned tables") == doctor.Check("tuned tables", "note", message)
+    table("norm_linear")
+    message = "shipped table for this device: matmul; user cache: norm_linear"
+    assert found("tuned tables") == doctor.Check("tuned tables", "ok", message)
+    table("matmul")
+    assert found("tuned tables").message == "user cache: matmul, norm_linear"
+
+
+def test_a_table_of_the_same_sm_names_its_gpu(gpu, table):
+    for op in ("matmul", "norm_linear"):
+        table(op, "NVIDIA H100", shipped=True)
+    message = "table for this SM, measured on NVIDIA H100: matmul, norm_linear"
+    assert found("tuned tables") == doctor.Check("tuned tables", "note", message)
+
+
+def test_entries_of_other_versions_count_for_nothing(gpu, table):
+    table("matmul", version=0)
+    assert found("tuned tables").message == f"{NOT}: matmul, norm_linear"
+
+
+def test_a_corrupt_table_is_a_fault(gpu, table):
+    table("matmul")
+    tuning.table_path("matmul", 90).write_text("{")
+    tuning.forget()
+    assert found("tuned tables").state == "fault"
+    assert "matmul.json must be a list" in found("tuned tables").message
 
 
 def test_a_cache_that_cannot_be_written_is_a_fault(bare, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from triton import knobs
 from tlk.errors import UnsupportedError
 from tlk.kernels import paged_prefill, toolchain, tuning
 from tlk.kernels._device import sm
+from tlk.kernels.tunable import TUNABLE
 
 OLDEST_SM = 75
 """Turing: the first capability that the kernels are compiled for."""
@@ -131,20 +132,34 @@ def _ptxas() -> Check:
 
 
 def _tables() -> Check:
+    """Where the configurations of each tunable op come from on this GPU."""
     if not torch.cuda.is_available():
         return Check("tuned tables", "note", "none looked for: they belong to a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        found = tuning.tables(device)
+    except ValueError as error:
+        return Check("tuned tables", "fault", str(error))
+    ops: dict[str, list[str]] = {}
+    for op, tunable in TUNABLE.items():
+        ops.setdefault(_source(op, tunable.version, device, found), []).append(op)
+    state: Literal["ok", "note"] = "ok" if set(ops) <= set(tuning.SOURCES[:2]) else "note"
+    return Check("tuned tables", state, "; ".join(f"{s}: {', '.join(o)}" for s, o in ops.items()))
+
+
+def _source(op: str, version: int, device: torch.device, found: list[tuning.Table]) -> str:
+    """The first source that `tuning.lookup` finds anything in for `op`."""
     name = tuning.device_name(device)
-    found = tuning.tables(device)
-    ours = sorted({t.op for t in found if any(e.device == name for e in t.entries)})
-    if ours:
-        return Check("tuned tables", "ok", f"measured on a {name}: {', '.join(ours)}")
-    if found:
-        devices = sorted({e.device for t in found for e in t.entries})
-        note = f"none for {name}; those of {', '.join(devices)}, the same sm_{sm(device)}, are used"
-    else:
-        note = f"none for sm_{sm(device)}: configurations come from shapes alone"
-    return Check("tuned tables", "note", note)
+    own, shipped, others = tuning.SOURCES
+    entries = [(t, e) for t in found if t.op == op for e in t.entries if e.version == version]
+    here = [table for table, e in entries if e.device == name]
+    if any(table.path != tuning.table_path(op, sm(device), shipped=True) for table in here):
+        return own
+    if here:
+        return shipped
+    if devices := sorted({e.device for _, e in entries}):
+        return f"{others}, measured on {', '.join(devices)}"
+    return f"heuristic for sm_{sm(device)}, not measured"
 
 
 def _prefill() -> Check:
