@@ -39,6 +39,12 @@ THIRD_PARTY = {
     "safetensors": {"hf"},
     "huggingface_hub": {"hf"},
     "torch.distributed": {"parallel.py"},
+    "matplotlib": {"bench/kernel_page.py"},  # an extra
+    # measured if they are installed
+    "flashinfer": {"bench/kernel_peers/flashinfer_peers.py"},
+    "liger_kernel": {"bench/kernel_peers/liger_peers.py"},
+    "gemlite": {"bench/kernel_peers/quantized_peers.py"},
+    "bitsandbytes": {"bench/kernel_peers/quantized_peers.py"},
 }
 
 
@@ -62,6 +68,8 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

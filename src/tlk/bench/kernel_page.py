@@ -7,7 +7,7 @@ bound have a panel each. Needs matplotlib: ``pip install 'tlk[bench]'``.
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,20 +71,16 @@ def _work(row: Row) -> tuple[float, str]:
 
 def _draw(ax: Any, rows: Sequence[Row]) -> None:
     """One panel: groups of bars, tlk's first, and the ceiling as a line."""
-    names = [n for n in dict.fromkeys(n for r in rows for n in r.peers) if _any_time(n, rows)]
+    names = list(dict.fromkeys(name for r in rows for name in r.peers if r.ratio(name)))
     width = 0.8 / (1 + len(names))
     at = range(len(rows))
     ax.bar(
         [i - 0.4 + width / 2 for i in at], [r.speed() for r in rows], width, label="tlk", color="C3"
     )
     for n, name in enumerate(names):
-        there = [(i, s) for i, r in enumerate(rows) if (s := r.peers[name].seconds) is not None]
-        ax.bar(
-            [i - 0.4 + width * (n + 1.5) for i, _ in there],
-            [rows[i].speed(s.median) for i, s in there],
-            width,
-            label=name,
-        )
+        speeds = [(i, r.speed() / ratio) for i, r in enumerate(rows) if (ratio := r.ratio(name))]
+        left = [i - 0.4 + width * (n + 1.5) for i, _ in speeds]
+        ax.bar(left, [speed for _, speed in speeds], width, label=name)
     ceilings = [r.speed(r.bound.seconds) for r in rows]
     ax.plot(list(at), ceilings, color="black", marker="_", markersize=14, lw=0.8, label="ceiling")
     dtypes = len({(r.dtype, r.operands) for r in rows}) > 1
@@ -93,10 +89,6 @@ def _draw(ax: Any, rows: Sequence[Row]) -> None:
     ax.set_ylabel(rows[0].bound.unit)
     ax.margins(x=0.02)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _any_time(peer: str, rows: Iterable[Row]) -> bool:
-    return any(peer in r.peers and r.peers[peer].seconds is not None for r in rows)
 
 
 def page(

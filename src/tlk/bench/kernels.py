@@ -109,7 +109,7 @@ class Bench:
             peer.require()
             if peer.compared:
                 fresh = seeded(case, make, 0)
-                _compare_peer(peer, peer.prepare(case, fresh)(), fresh, expected, case)
+                _compare(peer, peer.prepare(case, fresh)(), fresh, expected)
                 del fresh
             calls = [peer.prepare(case, values) for values in sets]
             taken = time_calls(calls, self.repeats, self.device)
@@ -170,12 +170,12 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual != expected).float().mean()) if actual.numel() else 0.0
 
 
-def _compare_peer(
-    peer: Peer, result: Any, inputs: tuple[Any, ...], expected: list[Tensor], case: Case
-) -> None:
+def _compare(peer: Peer, result: Any, inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
     """Where the case returns nothing its inputs are compared, which peers that write must write."""
     given = tensors(result) or tensors(inputs)
-    for a, e in zip(given, expected, strict=len(given) == len(expected)):
+    if len(given) != len(expected):
+        raise UnsupportedError(f"it gives {len(given)} tensors, not {len(expected)}")
+    for a, e in zip(given, expected, strict=True):
         wrong = difference(a.reshape(e.shape) if a.numel() == e.numel() else a, e)
         if not wrong <= peer.tolerance:
             raise UnsupportedError(f"its result is off by {wrong:.2%}")

@@ -101,7 +101,9 @@ def committed(file: Path) -> bool:
 
 def gpu_slug(name: str) -> str:
     """The file's name for a GPU: "NVIDIA H100 80GB HBM3" is h100."""
-    words = [w for w in re.split(r"[\s_]+", name) if not re.fullmatch(r"(?i)nvidia|geforce", w)]
+    words = [
+        w for w in re.split(r"[\s_]+", name) if not re.fullmatch(r"(?i)nvidia|geforce|tesla", w)
+    ]
     if words and words[0].upper() == "RTX" and len(words) > 1:
         return "".join(words[:2]).lower()
     return words[0].lower() if words else "gpu"
