@@ -11,7 +11,17 @@ import torch
 
 from tests.interpreter import interpret
 from tlk.kernels import tuning
-from tlk.kernels.tuning import Entry, bucket, cache_dir, forced, lookup, record, source_of, tables
+from tlk.kernels.tuning import (
+    Entry,
+    bucket,
+    cache_dir,
+    consulted,
+    forced,
+    lookup,
+    record,
+    source_of,
+    tables,
+)
 
 DEVICE, BF16 = torch.device("cpu"), torch.bfloat16
 HERE, ELSEWHERE = "cpu", "NVIDIA H200"
@@ -192,6 +202,23 @@ def test_forced_configurations_are_for_their_op_and_block(write):
     with pytest.raises(KeyError), forced("matmul", {"backend": "mine"}):
         raise KeyError
     assert found() == "table"
+
+
+def test_sources_of_a_blocks_lookups_are_collected(write):
+    write(entry("table"))
+    with consulted() as seen:
+        found()
+        found(running=8192)
+        with forced("norm_linear", None), consulted() as inner:
+            found(op="norm_linear")
+        found(op="gated_linear")
+    found(op="other")
+    assert inner == {("norm_linear", "forced")}
+    assert seen == {
+        ("matmul", "shipped table for this device"),
+        ("matmul", "heuristic"),
+        ("gated_linear", "heuristic"),
+    }
 
 
 def measured(name="x", *, dims=(8, 8), at=0, device=HERE, dtype="bfloat16", version=1, **more):

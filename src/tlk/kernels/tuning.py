@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -51,9 +50,16 @@ Source = Literal[
 SOURCES: tuple[Source, ...] = ("user cache", "shipped table for this device", "table for this SM")
 """The tables in the order in which they are asked."""
 
-_FORCED: ContextVar[Mapping[str, Config | None]] = ContextVar(
-    "tlk_forced_configs", default=MappingProxyType({})
-)
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What the lookups of a block are to do beside their work."""
+
+    forced: Mapping[str, Config | None]
+    seen: set[tuple[str, Source]]
+
+
+_SCOPE: ContextVar[_Scope | None] = ContextVar("tlk_lookups", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +121,11 @@ def lookup(
     Depends on shapes, dtype and device only. The first call reads the op's tables, later ones of
     the same shape cost about a microsecond. Raises ValueError naming a table that does not parse.
     """
-    forced = _FORCED.get()
-    if op in forced:
-        return forced[op]
-    return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))[0]
+    found = _lookup(op, version, device, sm(device), dtype, dims, bucket(running))
+    if (scope := _SCOPE.get()) is not None:
+        found = (scope.forced[op], "forced") if op in scope.forced else found
+        scope.seen.add((op, found[1]))
+    return found[0]
 
 
 def source_of(
@@ -130,7 +137,8 @@ def source_of(
     running: int,
 ) -> Source:
     """Where `lookup` finds its answer to the same arguments."""
-    if op in _FORCED.get():
+    scope = _SCOPE.get()
+    if scope is not None and op in scope.forced:
         return "forced"
     return _lookup(op, version, device, sm(device), dtype, dims, bucket(running))[1]
 
@@ -141,11 +149,24 @@ def forced(op: str, config: Config | None) -> Iterator[None]:
 
     For whoever measures, in this thread. The config is taken as it is: it must fit the call.
     """
-    token = _FORCED.set({**_FORCED.get(), op: config})
+    before = _SCOPE.get() or _Scope({}, set())
+    token = _SCOPE.set(_Scope({**before.forced, op: config}, before.seen))
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _SCOPE.reset(token)
+
+
+@contextlib.contextmanager
+def consulted() -> Iterator[set[tuple[str, Source]]]:
+    """Collect of every `lookup` in the block, in this thread, its op and where the answer came from."""
+    before = _SCOPE.get() or _Scope({}, set())
+    seen: set[tuple[str, Source]] = set()
+    token = _SCOPE.set(_Scope(before.forced, seen))
+    try:
+        yield seen
+    finally:
+        _SCOPE.reset(token)
 
 
 @lru_cache(maxsize=4096)
