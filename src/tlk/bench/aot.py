@@ -62,6 +62,8 @@ def plan(cases: list[Case], sms: list[int], dtype: str) -> Iterator[Job]:
     """
     for i, case in enumerate(cases):
         for j, sm in enumerate(sms):
+            if sm < case.oldest:
+                continue
             usual = "fp16" if sm < 80 else "bf16"
             turn = {5: "fp16", 6: "fp32"}.get((i + j) % 7, usual)
             wanted = (

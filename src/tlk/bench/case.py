@@ -39,7 +39,7 @@ class Case:
     multiply-adds counted twice. `reference` and `peers` take the same arguments as `run`.
     `options` are what `run` knows beside the tensors, for peers of other packages
     (`tlk.bench.kernel_peers`). A case without `gate` is timed but not compiled ahead of time:
-    its kernels are those of another case.
+    its kernels are those of another case. Below the capability `oldest` no kernel runs it.
     """
 
     op: str
@@ -53,6 +53,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     options: Mapping[str, Any] = field(default_factory=dict)
     gate: bool = True
+    oldest: int = 75
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}"
