@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import shlex
 
@@ -153,7 +154,14 @@ def test_what_is_too_large_for_a_cpu_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(kernel_command, "small", lambda case, dtype: case.op != "rms_norm")
     assert run(**parse("norm", "--device", "cpu", "--repeats", "1", "--peers")) == 0
     out = capsys.readouterr().out
-    assert "2 cases are too large for a CPU" in out and "layer_norm" in out
+    assert "2 cases left out: too large for a CPU" in out and "layer_norm" in out
+
+
+def test_what_an_old_gpu_cannot_run_is_left_out(monkeypatch):
+    monkeypatch.setattr(kernel_command, "sm", lambda device: 80)
+    gpu, newer = torch.device("cuda"), dataclasses.replace(case("a", "s"), oldest=89)
+    assert kernel_command._beyond(newer, torch.bfloat16, gpu) == "for sm_89 and newer"
+    assert kernel_command._beyond(case("a", "s"), torch.bfloat16, gpu) is None
 
 
 def test_kept_results_refuse_rows_without_their_peers(monkeypatch, capsys, tmp_path):

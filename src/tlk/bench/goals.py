@@ -135,7 +135,6 @@ def lacking(row: Row, goals: Iterable[Goal]) -> dict[str, str]:
 
 LAYERS = ("N6144-K4096", "N4096-K4096", "N28672-K4096", "N4096-K14336")
 ATTENTION = ("flashinfer fa3", "torch cudnn", "torch flash")
-PER = {"peer": 1.0}
 
 
 def _layer(m: int, suffix: str = "") -> tuple[str, ...]:
@@ -196,4 +195,21 @@ def _linears() -> Iterable[Goal]:
         )
 
 
-GOALS: tuple[Goal, ...] = (*_attention(), *_decode(), *_rows(), *_sampling(), *_linears())
+def _products() -> Iterable[Goal]:
+    yield Goal(
+        "fp8 linears M=16", "scaled_mm", _layer(16, "-fp8"), ("_scaled_mm",), _us(76), _us(60), 101
+    )
+    for kind, peer, must, stretch in (
+        ("fp8", "_scaled_mm", 0.95, 1.0),
+        ("int8", "_int_mm", 1, 1.3),
+    ):
+        shapes = (f"M8192-N8192-K8192-{kind}",)
+        yield Goal(
+            f"{kind} matmul 8192³", "scaled_mm", shapes, (peer,), _peer(must), _peer(stretch)
+        )
+
+
+GOALS: tuple[Goal, ...] = (
+    *(*_attention(), *_decode(), *_rows(), *_sampling()),
+    *(*_linears(), *_products()),
+)

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tlk.bench.kernels import Bench, Row, WrongResultError, dtypes_of, name_of, 
 from tlk.bench.limits import Limits, kernel_limits
 from tlk.bench.record import Refused, append, commit, to_csv
 from tlk.errors import UnsupportedError
+from tlk.kernels._device import sm
 from tlk.llm.load import pick_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -162,10 +164,10 @@ def _measured(
 ) -> tuple[list[Row], int]:
     """The rows, printed as they come, and how many kernels failed, which is printed too."""
     bench = Bench(device, limits, chosen.repeats, chosen.wants)
-    rows, failed, skipped = [], 0, 0
+    rows, failed, skipped = [], 0, Counter[str]()
     for case, dtype in _work(cases, chosen):
-        if device.type == "cpu" and not small(case, dtype):
-            skipped += 1
+        if why := _beyond(case, dtype, device):
+            skipped[why] += 1
             continue
         try:
             rows.append(bench.row(case, dtype))
@@ -176,9 +178,16 @@ def _measured(
             print(kernel_table.line(rows[-1]), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if skipped:
-        print(f"{skipped} cases are too large for a CPU")
+    for why, count in skipped.items():
+        print(f"{count} case{'s' * (count > 1)} left out: {why}")
     return rows, failed
+
+
+def _beyond(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `device` cannot run the case."""
+    if device.type == "cpu":
+        return None if small(case, dtype) else "too large for a CPU"
+    return None if sm(device) >= case.oldest else f"for sm_{case.oldest} and newer"
 
 
 def _work(cases: Sequence[Case], chosen: KernelOptions) -> Iterator[tuple[Case, torch.dtype]]:
