@@ -70,6 +70,31 @@ def test_bench_measures_prints_and_writes(kind, tmp_path, capsys):
     assert "output_throughput" in capsys.readouterr().out
 
 
+def test_bench_kernels_lists_its_cases(capsys):
+    assert main(["bench", "kernels", "norm", "--list", "--filter", "^rms_norm-T1-"]) == 0
+    assert "rms_norm-T1-N4096  bfloat16 float16 float32" in capsys.readouterr().out.splitlines()
+
+
+def test_bench_kernels_checks_times_and_writes(tmp_path, capsys):
+    file = tmp_path / "lines.jsonl"
+    words = [
+        "rms_norm",
+        "--filter",
+        "T1-N4096$",
+        "--device",
+        "cpu",
+        "--peers",
+        "torch",
+        "--repeats",
+        "2",
+    ]
+    assert main(["bench", "kernels", *words, "--json", str(file)]) == 0
+    (record,) = map(json.loads, file.read_text().splitlines())
+    assert record["op"] == "rms_norm" and record["peers"]["torch"]["median_us"] > 0
+    assert main(["bench", "kernels", "no-such-kernel"]) == 2
+    assert "no kernel is called no-such-kernel" in capsys.readouterr().err
+
+
 def test_bench_says_what_it_was_asked_wrongly(capsys):
     assert main(["bench", "latency"]) == 2
     assert capsys.readouterr().err == "tlk: give either a model or random_weights, and not both\n"
