@@ -7,7 +7,13 @@ import pytest
 from tests.models.zoo import tiny
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf import hub
-from tlk.hf.hub import complete_config, generation_defaults, read_config, snapshot
+from tlk.hf.hub import (
+    complete_config,
+    generation_defaults,
+    read_config,
+    read_quantization,
+    snapshot,
+)
 
 
 class Hub:
@@ -76,8 +82,23 @@ def test_configs(tmp_path):
     for kind in ("bert", None):
         with pytest.raises(UnsupportedError, match=f"model_type {kind!r} is of no family"):
             complete_config({"model_type": kind})
-    with pytest.raises(UnsupportedError, match="quantized with awq"):
-        complete_config({"model_type": "llama", "quantization_config": {"quant_method": "awq"}})
+    complete = complete_config({"model_type": "llama", "quantization_config": {"bits": 4}})
+    assert "quantization_config" not in complete
+
+
+def test_how_a_checkpoint_says_that_it_is_quantized(tmp_path):
+    assert read_quantization(tmp_path, {"model_type": "llama"}) is None
+    write(tmp_path, "quant_config.json", {"w_bit": 4})
+    assert read_quantization(tmp_path, {}) == {"w_bit": 4}
+    write(tmp_path, "quantize_config.json", {"bits": 4})
+    assert read_quantization(tmp_path, {}) == {"bits": 4}
+    own = {"quant_method": "awq", "bits": 4}
+    assert read_quantization(tmp_path, {"quantization_config": own}) == own
+    write(tmp_path, "hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})
+    assert read_quantization(tmp_path, {"quantization_config": own}) == own
+    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8"}  # its other file says more
+    for fields in ({}, {"quantization_config": modelopt}):
+        assert read_quantization(tmp_path, fields) == {"quantization": {"quant_algo": "FP8"}}
 
 
 def test_generation_defaults(tmp_path):

@@ -192,8 +192,8 @@ def test_what_does_not_fit_is_listed_before_anything_is_read(folder, watch, monk
 def test_other_models_are_refused(folder, watch):
     configure(folder, model_type="gpt2")
     refused(folder, watch, UnsupportedError, "model_type 'gpt2' .*llama, mistral")
-    configure(folder, model_type="llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(folder, watch, UnsupportedError, "quantized with gptq")
+    configure(folder, model_type="llama", quantization_config={"quant_method": "quanto"})
+    refused(folder, watch, UnsupportedError, "quantized with quanto, which tlk does not read")
 
 
 @pytest.mark.parametrize("size", [0, 5, 500, -16])

@@ -16,6 +16,9 @@ from tlk.models.families import FAMILIES
 SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Configs, index and tokenizer; the weights are asked for by their names in the index."""
 
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Fields of config.json that say how its weights are stored."""
+
 GENERATION = (
     "do_sample",
     "temperature",
@@ -61,23 +64,37 @@ def read_config(path: Path) -> dict[str, Any]:
     return _read(file)
 
 
+def read_quantization(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the checkpoint in `folder`, whose config.json has `fields`, says that it is quantized; None: not.
+
+    That is config.json's quantization_config, else quantize_config.json or quant_config.json (AutoGPTQ
+    and AutoAWQ of old), else hf_quant_config.json (ModelOpt), which says more than its config.json.
+    """
+    own = fields.get("quantization_config") or fields.get("compression_config")
+    modelopt = folder / "hf_quant_config.json"
+    if modelopt.is_file() and (not own or str(own.get("quant_method")).startswith("modelopt")):
+        return _read(modelopt)
+    if own:
+        return dict(own)
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (folder / name).is_file():
+            return _read(folder / name)
+    return None
+
+
 def complete_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `fields` of a config.json with the defaults of transformers where it leaves them out.
 
-    Raises UnsupportedError for a model_type that tlk does not run or for quantized weights, and
-    CheckpointError for values that transformers refuses.
+    How the file is quantized (`read_quantization`) is left out: it is nothing of the model. Raises
+    UnsupportedError for a model_type that tlk does not run, and CheckpointError for values that
+    transformers refuses.
     """
     kind, known = fields.get("model_type"), ", ".join(FAMILIES)
     if kind not in FAMILIES:
         raise UnsupportedError(f"model_type {kind!r} is of no family that tlk knows: {known}")
-    if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method") or "a method that it does not name"
-        raise UnsupportedError(
-            f"the checkpoint is quantized with {method}, which tlk cannot run yet: "
-            "give the one that it was made from"
-        )
+    model = {name: value for name, value in fields.items() if name not in QUANTIZATION}
     try:
-        return dict(CONFIG_MAPPING[kind].from_dict(dict(fields)).to_dict())
+        return dict(CONFIG_MAPPING[kind].from_dict(model).to_dict())
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"the {kind} config is not valid: {error}") from error
 

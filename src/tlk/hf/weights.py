@@ -9,6 +9,8 @@ costs one pass over the files and no memory beyond the parameters.
 `random_decoder` has the shapes of a config and no checkpoint, to measure with.
 """
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +24,12 @@ from tqdm import tqdm
 
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.checkpoint import open_files
-from tlk.hf.hub import complete_config, read_config, snapshot
+from tlk.hf.hub import complete_config, read_config, read_quantization, snapshot
+from tlk.hf.quantized_weights import KVScales, load_quantized_layers, plan, read_kv_scales
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, check_weights, load_weights, weight_sources
 from tlk.models.layers import LayerNorm, RMSNorm
+from tlk.quant.files.recognise import recognise
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD = "lm_head.weight"
@@ -37,7 +41,8 @@ class LoadedDecoder:
     """A decoder and where it came from.
 
     config: the fields of config.json, completed by the defaults of transformers. bytes: of this
-    rank's parameters. seconds: what loading took.
+    rank's parameters. seconds: what loading took. quantization: what the checkpoint says of how it is
+    quantized; None: it is not. kv_scales: those of an 8-bit cache, per layer; empty where there are none.
     """
 
     decoder: Decoder
@@ -46,6 +51,8 @@ class LoadedDecoder:
     dtype: torch.dtype
     bytes: int
     seconds: float
+    quantization: Mapping[str, Any] | None = None
+    kv_scales: tuple[KVScales | None, ...] = ()
 
 
 def load_decoder(
@@ -59,15 +66,18 @@ def load_decoder(
 
     dtype: float32, float16 or bfloat16, or its name; None or "auto" is what config.json names, else
     that of the embedding in the file. A config that ties lm_head to the embedding makes them one
-    tensor: the file may hold lm_head too, but only an equal one.
+    tensor: the file may hold lm_head too, but only an equal one. Layers that the checkpoint stores
+    quantized stay so, in the formats of tlk.quant.
     Raises CheckpointError, naming file and keys, if the checkpoint is not whole, not safetensors or
-    of another model; UnsupportedError for a model_type or storage that tlk does not run.
+    of another model; UnsupportedError for a model_type, quantization or storage that tlk does not run.
     """
     started = time.perf_counter()
     wanted = _parse_dtype(dtype)
     folder = snapshot(path)
     fields = read_config(folder)
     wanted = wanted or _config_dtype(fields)
+    quantization = read_quantization(folder, fields)
+    scheme = None if quantization is None else recognise(quantization)
     config = complete_config(fields)
     decoder = _on_meta(config)
     sources = weight_sources(FAMILIES[config["model_type"]], decoder.config)
@@ -77,16 +87,22 @@ def load_decoder(
             for name, file in files.items()
             for key in file.offset_keys()
         }
-        stored = _check(folder, decoder, sources, tensors)
+        quantized = plan(folder, decoder, sources, tensors, scheme)
+        dense = {key: tensor for key, tensor in tensors.items() if key in quantized.dense}
+        stored = _check(folder, decoder, quantized.sources, dense)
         chosen = wanted or stored
         decoder = decoder.to(chosen).to_empty(device=device)
-        size = _bytes(decoder)
+        size = sum(tensor.bytes for tensor in tensors.values())
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="weights", disable=not progress
         ) as bar:
-            load_weights(decoder, sources, tensors, bar.update)
+            load_weights(decoder, quantized.sources, dense, bar.update)
+            load_quantized_layers(decoder, quantized, tensors, torch.device(device), bar.update)
+        kv_scales = read_kv_scales(decoder, quantized, tensors)
     seconds = time.perf_counter() - started
-    return LoadedDecoder(decoder, config, config["model_type"], chosen, size, seconds)
+    return LoadedDecoder(
+        decoder, config, config["model_type"], chosen, _bytes(decoder), seconds, quantization, kv_scales
+    )  # fmt: skip
 
 
 def random_decoder(
@@ -126,6 +142,16 @@ class InFile:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.opened.get_slice(self.key).get_shape())
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in the file."""
+        bits = re.findall(r"\d+", self.opened.get_slice(self.key).get_dtype())  # F8_E4M3, BOOL
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
+
+    def read(self) -> Tensor:
+        """All of it."""
+        return self[tuple(slice(0, size) for size in self.shape)]
 
     def dtype(self) -> torch.dtype:
         """UnsupportedError if it is none that tlk runs."""

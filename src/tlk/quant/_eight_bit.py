@@ -93,6 +93,7 @@ class EightBit:
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """act(norm(x) [..., k] · weightᵀ + bias) + residual [..., n]."""
         x, norm = prepare_input(x, packed, norm)
@@ -123,7 +124,7 @@ class EightBit:
     def keeps_activations(self, x: Tensor) -> bool:
         """Whether `x` is multiplied in its own dtype: it has few rows, or the GPU no such matmul."""
         few = x.numel() // max(x.shape[-1], 1) <= WEIGHT_ONLY_ROWS
-        return few or (x.is_cuda and sm(x.device) < FIRST_SM[self.storage])
+        return self.act is None or few or (x.is_cuda and sm(x.device) < FIRST_SM[self.storage])
 
     def _rounded(self, x: Tensor, packed: Packed, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """norm(x) in 8 bit, and its scales."""

@@ -28,13 +28,14 @@ class Fp8(EightBit):
     """weight float8_e4m3fn [n, k], scale float32 [n, 1], or [n/128, k/128] rounded up in blocks.
 
     static: `input_scale` float32 [1, 1] of the activations, which who calibrated adds to what
-    `quantize` and `encode` return.
+    `quantize` and `encode` return. weight_only: activations stay in the model's dtype.
     """
 
     kind: ClassVar[str] = "fp8"
     storage: ClassVar[torch.dtype] = torch.float8_e4m3fn
     granularity: Granularity = "channel"
     static: bool = False
+    weight_only: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in ("tensor", "channel", "block"):
@@ -43,6 +44,11 @@ class Fp8(EightBit):
             )
         if self.static and self.granularity == "block":
             raise ValueError("static must be False with blocks: their activations are dynamic")
+
+    @property
+    def act(self) -> torch.dtype | None:
+        """The dtype that the kernel wants its activations in; None: the model's own."""
+        return None if self.weight_only else self.storage
 
     @property
     def block(self) -> int | None:
