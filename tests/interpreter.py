@@ -33,6 +33,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from tlk.kernels import _kv_codes
 from tlk.kernels._op import kernels_on_cpu
 
 Array = np.ndarray[Any, Any]
@@ -149,6 +150,57 @@ LIBDEVICE: dict[str, Callable[..., Array]] = {
 }
 
 
+def _e4m3_bits(codes: Array) -> Array:
+    wide = codes.astype(np.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).view(np.float16)
+
+
+def _halves(pairs: Array, value: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """The `value` of the low and of the high byte of int16 pairs, in float16."""
+    bits = pairs.view(np.uint16)
+    low, high = (value(x.astype(np.uint8)) for x in (bits & 0xFF, bits >> 8))
+    return low.astype(np.float16), high.astype(np.float16)
+
+
+# Inline assembly of the kernels, by its text: what it makes of the data of its one argument.
+ASSEMBLY: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    _kv_codes.E4M3.value: lambda x: _halves(x, lambda b: FP8_VALUES[tl.float8e4nv][b]),
+    _kv_codes.E4M3_BITS.value: lambda x: _halves(x, _e4m3_bits),
+    _kv_codes.INT8.value: lambda x: _halves(x, lambda b: b.view(np.int8)),
+}
+
+
+def fma_pairs(dtype: tl.dtype) -> Callable[..., Array]:
+    """a · b + c of pairs of 16-bit numbers in 32 bits, rounded once."""
+
+    def halves(x: Array) -> Array:
+        return decode(np.stack([x & 0xFFFF, x >> 16]).astype(np.uint16).view(stored), dtype)
+
+    def fma(a: Array, b: Array, c: Array) -> Array:
+        exact = halves(a).astype(np.float64) * halves(b) + halves(c)
+        low, high = encode(exact.astype(np.float32), dtype).view(np.uint16).astype(np.uint32)
+        return low | high << 16
+
+    stored = np.uint16 if dtype == tl.bfloat16 else np.float16
+    return fma
+
+
+def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    picks = ((selector >> (4 * i) & 7).astype(np.uint64) for i in range(4))
+    parts = ((both >> (8 * pick) & 0xFF) << np.uint64(8 * i) for i, pick in enumerate(picks))
+    return sum(parts).astype(np.uint32)
+
+
+# Inline assembly of one instruction on 32-bit registers, by what it starts with.
+INSTRUCTIONS: dict[str, Callable[..., Array]] = {
+    "fma.rn.f16x2 ": fma_pairs(tl.float16),
+    "fma.rn.bf16x2 ": fma_pairs(tl.bfloat16),
+    "lop3.b32 $0, $1, $2, $3, 0xEA;": lambda a, b, c: (a & b) | c,
+    "prmt.b32 ": permute_bytes,
+}
+
+
 class Corrected(stock.InterpreterBuilder):
     """The interpreter's operations.
 
@@ -234,6 +286,14 @@ class Corrected(stock.InterpreterBuilder):
         return TensorHandle(encode(function(*map(number, args)), result), result.scalar)
 
     def create_inline_asm(self, asm: str, constraints: str, args: Any, *_: Any) -> Any:
+        if asm in ASSEMBLY:
+            results = [TensorHandle(x, tl.float16) for x in ASSEMBLY[asm](args[0].data)]
+            return SimpleNamespace(get_result=lambda i: results[i])
+        for start, function in INSTRUCTIONS.items():
+            if asm.startswith(start):
+                bits = function(*(np.asarray(x.data).view(np.uint32) for x in args))
+                result = TensorHandle(bits.view(np.int32), tl.int32)
+                return SimpleNamespace(get_result=lambda i, result=result: result)
         if not asm.startswith("prefetch"):
             raise NotImplementedError(f"inline assembly {asm!r}")
         addresses = args[0].data.astype(np.uint64)

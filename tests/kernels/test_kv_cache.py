@@ -1,8 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from tests.interpreter import interpret
 from tests.kernels.launches import record_launches
 from tlk.kernels import kv_cache
+from tlk.kernels._kv_codes import CODES, encode_reference
 from tlk.kernels.kv_cache import default_config, write_kv_, write_kv_reference_
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -75,6 +79,37 @@ def test_the_cache_rounds_to_its_dtype(source, target, device):
     assert_same(caches, want)
 
 
+@pytest.mark.parametrize("sm", [75, 80, 89, 90])
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_codes(source, codes, sm, device):
+    """Divided by the scale of the head, rounded and clamped; untouched slots stay."""
+    if device == "cuda" and sm != 90:
+        pytest.skip("needs the interpreter of a machine without a GPU, to stand for another one")
+    filled = (x.transpose(1, 2) for x in empty_caches(9, 24, 40, 5, device))
+    caches = [encode_reference(x, None, codes).transpose(1, 2).contiguous() for x in filled]
+    slots = slots_of(5, device)
+    k, v = ((9 * torch.randn(6, 9, d, device=device)).to(source) for d in (24, 40))
+    scales = [torch.rand(9, device=device) + 0.01 for _ in range(2)]
+    want = [
+        written(encode_reference(x, scale, codes), cache, slots)
+        for x, scale, cache in zip((k, v), scales, caches, strict=True)
+    ]
+    with interpret(sm=sm) if device == "cpu" else nullcontext():
+        write_kv_(k, v, *caches, slots, *scales)
+    assert_same([x.view(torch.uint8) for x in caches], [x.view(torch.uint8) for x in want])
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_codes_without_scales(codes, device):
+    caches = [x.to(codes) for x in empty_caches(2, 8, 8, 4, device)]
+    slots = slots_of(4, device)
+    k = 300 * torch.randn(6, 2, 8, device=device)
+    want = written(encode_reference(k, None, codes), caches[0], slots).float()
+    write_kv_(k, k, *caches, slots)
+    assert torch.equal(caches[0].float(), want)
+
+
 def test_views_of_one_projection_into_views_of_one_pool(device):
     rows = torch.randn(6, 3 * 24 + 7 + 3 * 40, device=device)
     k, v = rows[:, :72].unflatten(1, (3, 24)), rows[:, 79:].unflatten(1, (3, 40))
@@ -118,14 +153,18 @@ def test_bad_input_is_refused(device):
         write_kv_(k, v, k_cache, v_cache[1:], slots)
     with pytest.raises(ValueError, match="v_cache must have contiguous pages"):
         write_kv_(k, v, k_cache, v_cache.transpose(1, 2).contiguous().transpose(1, 2), slots)
-    with pytest.raises(TypeError, match=r"k_cache must be .*, got int8"):
-        write_kv_(k, v, k_cache.to(torch.int8), v_cache, slots)
+    with pytest.raises(TypeError, match=r"k_cache must be .*, got int16"):
+        write_kv_(k, v, k_cache.to(torch.int16), v_cache, slots)
     with pytest.raises(TypeError, match="slots must be int64, got int32"):
         write_kv_(k, v, k_cache, v_cache, slots.int())
     with pytest.raises(ValueError, match=r"slots must have shape \(6\), got \(5,\)"):
         write_kv_(k, v, k_cache, v_cache, slots[1:])
     with pytest.raises(ValueError, match="k must have stride 1"):
         write_kv_(k.expand(6, 3, 24)[..., :1].expand(6, 3, 24), v, k_cache, v_cache, slots)
+    with pytest.raises(ValueError, match=r"k_scale must be None for a cache of torch\.float32"):
+        write_kv_(k, v, k_cache, v_cache, slots, torch.ones(3), torch.ones(3))
+    with pytest.raises(TypeError, match="v_cache must be int8, got float32"):
+        write_kv_(k, v, k_cache.to(torch.int8), v_cache, slots, torch.ones(3), torch.ones(3))
     with pytest.raises(ValueError, match="slots must be on"):
         write_kv_(k, v, k_cache, v_cache, slots.to("meta"))
 

@@ -11,6 +11,7 @@ from tests.interpreter import interpret
 from tests.kernels.check import check
 from tests.kernels.launches import record_launches
 from tlk.kernels import _op, _paged_split
+from tlk.kernels._kv_codes import CODES, encode_reference
 from tlk.kernels._paged_split import split_count
 from tlk.kernels.paged_attention import default_config, paged_attention, paged_attention_reference
 
@@ -34,6 +35,8 @@ class Requests:
     padding: int = 0
     window: int = 0
     spare_pages: int = 2
+    codes: torch.dtype | None = None  # of the cache, if it holds 8 bits
+    scales: dict[str, Tensor] = field(default_factory=dict)
     k: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
 
@@ -44,14 +47,21 @@ class Requests:
         caches = [
             torch.full((total, self.kv_heads, self.page, d), torch.nan) for d in (self.d, self.dv)
         ]
+        scales = [torch.rand(self.kv_heads) / 20 + 0.01 for _ in range(2)]
         table = torch.full((len(counts), max(counts, default=0) + self.spare_pages), -(2**30))
         for s, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             pages = [order.pop() for _ in range(count)]
             dense = [
                 torch.randn(self.kv_heads, length, d).to(self.dtype) for d in (self.d, self.dv)
             ]
-            self.k.append(dense[0].to(self.device))
-            self.v.append(dense[1].to(self.device))
+            if self.codes:
+                codes = [self.encoded(x, s) for x, s in zip(dense, scales, strict=True)]
+                dense = [c.float() for c in codes]
+                real = [c * s[:, None, None] for c, s in zip(dense, scales, strict=True)]
+            else:
+                real = dense
+            self.k.append(real[0].to(self.device))
+            self.v.append(real[1].to(self.device))
             oldest = max(length - self.queries[s] - self.window + 1, 0) if self.window else 0
             for i, page in enumerate(pages):
                 if (i + 1) * self.page <= oldest:
@@ -66,10 +76,17 @@ class Requests:
             self.cu.append(self.cu[-1] + n)
         rows = torch.randn(self.cu[-1] + self.padding, self.heads + 3, self.d).to(self.dtype)
         self.q = rows.to(**to)[:, 1 : self.heads + 1]  # a slice of a qkv row
-        self.caches = [c.to(self.dtype).to(**to) for c in caches]
+        if self.codes:
+            self.scales = {"k_scale": scales[0].to(**to), "v_scale": scales[1].to(**to)}
+        if self.codes == torch.int8:
+            caches = [c.nan_to_num(nan=100.0) for c in caches]  # int8 has no NaN
+        self.caches = [c.to(self.codes or self.dtype).to(**to) for c in caches]
         self.table = table.int().to(**to)
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, **to)
         self.cu_seqlens_q = torch.tensor(self.cu, dtype=torch.int32, **to)
+
+    def encoded(self, x: Tensor, scale: Tensor) -> Tensor:
+        return encode_reference(x.transpose(0, 1), scale, self.codes).transpose(0, 1)
 
     @property
     def args(self):
@@ -103,7 +120,7 @@ def dense(r: Requests, dtype, scale=None, softcap=0.0, sinks=None) -> Tensor:
 
 def verify(r: Requests, scale=None, softcap=0.0, sinks=None) -> Tensor:
     options = {"softcap": softcap, "sinks": sinks}
-    out = paged_attention(*r.args, softmax_scale=scale, window=r.window, **options)
+    out = paged_attention(*r.args, softmax_scale=scale, window=r.window, **options, **r.scales)
     like, exact = dense(r, r.dtype, scale, **options), dense(r, torch.float64, scale, **options)
     check(out, like, exact)
     return out
@@ -192,6 +209,63 @@ def test_split_keys(queries, dtype, device):
     r = split([queries, 0, 1], [700, 0, 65], 4096, device, dtype, padding=2, window=600)
     verify(r, softcap=5.0, sinks=torch.randn(4, device=device))
     verify(split([queries], [700], 4096, device, dtype, padding=1))  # fewer than there could be
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 18])
+def test_codes(queries, dtype, codes, device):
+    r = Requests([queries, 1, 0], [130, 35, 0], device, dtype, page=16, d=40, dv=24, codes=codes,
+                 padding=2)  # fmt: skip
+    assert not verify(r)[-2:].any(), "padding must be 0"
+    r = Requests(
+        [queries, 1], [60, 35], device, dtype, d=16, dv=48, heads=6, window=21, codes=codes
+    )
+    verify(r, scale=0.7, softcap=3.0, sinks=torch.randn(6, device=device))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("queries", [1, 70])
+def test_codes_over_pages_and_split(queries, codes, device):
+    verify(split([queries, 1], [700, 65], 4096, device, codes=codes, d=64, dv=64))
+    verify(Requests([queries], [200], device, torch.bfloat16, page=8, codes=codes))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("sm", [75, 80, 89, 100])
+def test_codes_on_other_gpus(sm, codes, device):
+    if device == "cuda":
+        pytest.skip("needs the interpreter of a machine without a GPU, to stand for another one")
+    with interpret(sm=sm):
+        dtype = torch.float16 if sm == 75 else torch.bfloat16
+        verify(Requests([1, 2], [130, 35], dtype=dtype, codes=codes, padding=1))
+        verify(Requests([20, 1], [130, 35], dtype=dtype, codes=codes, padding=1))
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_codes_meet_bfloat16_rows_of_any_size(power, device):
+    """Rows go to float16, each by a power of 2 of its own; one of them is zero."""
+    r = Requests([4], [90], device, torch.bfloat16, codes=torch.int8)
+    sizes = torch.tensor([0.0, 2.0**power, -(2.0**-power), 1.0], device=device)
+    r.q = r.q * sizes.to(torch.bfloat16)[:, None, None]
+    exact = dense(r, torch.float64, 1e-3)
+    check(paged_attention(*r.args, softmax_scale=1e-3, **r.scales), dense(r, r.dtype, 1e-3), exact)
+
+
+def test_codes_without_scales(device):
+    r = Requests([1, 3], [30, 9], device, torch.bfloat16, codes=torch.float8_e4m3fn)
+    ones = {name: torch.ones_like(scale) for name, scale in r.scales.items()}
+    assert torch.equal(paged_attention(*r.args), paged_attention(*r.args, **ones))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_codes_deterministic(dtype, device):
+    r = Requests([1, 17], [70, 140], device, dtype, page=16, codes=torch.int8, spare_pages=40)
+    together = paged_attention(*r.args, deterministic=True, **r.scales)
+    for s in range(2):
+        part = alone(r, s, 3, deterministic=True, **r.scales)
+        assert torch.equal(part, together[r.cu[s] : r.cu[s + 1]])
+    check(together, dense(r, dtype), dense(r, torch.float64))
 
 
 def test_the_kernels_ran_and_not_the_reference(device, monkeypatch):
@@ -366,7 +440,11 @@ def test_registration(device):
         ({1: torch.ones(6, 2, 0, 16), 2: torch.ones(6, 2, 0, 16)}, ValueError, "at least 1 token"),
         ({2: torch.ones(6, 2, 8, 257)}, ValueError, "v_cache must have a head dim .* got 257"),
         ({1: torch.ones(3, 2, 8, 12)}, ValueError, "k_cache must have shape .*16"),
-        ({1: torch.ones(6, 2, 8, 16).half()}, TypeError, "k_cache must be float32, got float16"),
+        (
+            {1: torch.ones(6, 2, 8, 16).half()},
+            TypeError,
+            "k_cache must be float32 or .*, got float16",
+        ),
         ({2: torch.ones(6, 8, 2, 16).transpose(1, 2)}, ValueError, "v_cache must have contiguous"),
         ({3: torch.zeros(2, 5)}, TypeError, "page_table must be int32, got float32"),
         ({4: torch.zeros(3, dtype=torch.int32)}, ValueError, r"seq_lens must have shape \(2\)"),
@@ -376,6 +454,22 @@ def test_registration(device):
         ({"softcap": -2.0}, ValueError, "softcap must be at least 0, got -2.0"),
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be above 0, got 0.0"),
         ({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4\)"),
+        (
+            {2: torch.ones(6, 2, 8, 16).to(torch.int8)},
+            TypeError,
+            "v_cache must be float32, got int8",
+        ),
+        ({"k_scale": torch.ones(2)}, ValueError, "v_scale must not be None"),
+        (
+            {"k_scale": torch.ones(2), "v_scale": torch.ones(2)},
+            ValueError,
+            "k_scale must be None for a cache of torch.float32",
+        ),
+        (
+            {i: torch.ones(6, 2, 8, 15).to(torch.int8) for i in (1, 2)} | {0: torch.ones(4, 4, 15)},
+            ValueError,
+            "k_cache must have an even head dim to hold codes, got 15",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(change, error, message):

@@ -4,16 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlk.kernels._kv_codes import decode_reference
+
 QUERIES_AT_ONCE = 256  # scores are [H, this many, all keys]
 
 
 def gather(
     k_cache: Tensor, v_cache: Tensor, pages: Tensor, length: Tensor, queries: int | Tensor,
-    window: int,
+    window: int, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Copy `pages` [B, n] of B sequences: [B, Hk, L, D], and which tokens some query sees, [B, L].
 
-    The others, and the table's entries for their pages, may hold anything: they give 0.
+    8-bit codes become float32. The others, and the table's entries for their pages, may hold anything: they give 0.
     """
     page_size = k_cache.shape[2]
     key = torch.arange(pages.shape[1] * page_size, device=pages.device)
@@ -22,11 +24,11 @@ def gather(
         seen &= key > length - queries - window
     pages = torch.where(seen.unflatten(1, (-1, page_size)).any(-1), pages, 0).long()
 
-    def dense(cache: Tensor) -> Tensor:
-        tokens = cache[pages].transpose(1, 2).flatten(2, 3)
+    def dense(cache: Tensor, scale: Tensor | None) -> Tensor:
+        tokens = decode_reference(cache[pages], scale).transpose(1, 2).flatten(2, 3)
         return tokens.masked_fill_(~seen[:, None, :, None], 0.0)
 
-    return dense(k_cache), dense(v_cache), seen
+    return dense(k_cache, k_scale), dense(v_cache, v_scale), seen
 
 
 def visible(position: Tensor, seen: Tensor, window: int) -> Tensor:
@@ -62,7 +64,7 @@ def attend(
 def paged_attention_torch(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int, softcap: float,
-    sinks: Tensor | None,
+    sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The op where Triton has no tensor cores, each sequence padded to `max_q` and its table.
 
@@ -73,7 +75,10 @@ def paged_attention_torch(
     for s in range(seq_lens.shape[0]):
         start, queries = cu_seqlens_q[s], cu_seqlens_q[s + 1] - cu_seqlens_q[s]
         length = seq_lens[s : s + 1, None].long()
-        k, v, seen = gather(k_cache, v_cache, page_table[s : s + 1], length, queries, window)
+        k, v, seen = gather(
+            k_cache, v_cache, page_table[s : s + 1], length, queries, window, k_scale, v_scale
+        )
+        k, v = k.to(q.dtype), v.to(q.dtype)
         for at in torch.arange(max_q, device=q.device).split(QUERIES_AT_ONCE):
             rows = torch.where(at < queries, start + at, q.shape[0]).long()[None]
             shown = visible(length - queries + at, seen, window)

@@ -23,27 +23,39 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._kv_codes import CODES, check_scales, encode, encode_reference, writable
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 
 def write_kv_reference_(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> None:
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     real = slots >= 0
     slots = slots[real]
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         page_size = cache.shape[2]
-        cache[slots // page_size, :, slots % page_size] = new[real].to(cache.dtype)
+        stored = encode_reference(new[real], scale, cache.dtype)
+        cache[slots // page_size, :, slots % page_size] = stored
 
 
-def _nothing(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def _nothing(*_: object) -> None:
     """The shape rule: an op in place returns no tensor."""
 
 
 @triton.jit
+def head_scale(scale_ptr, heads, mask):
+    """The scales of `heads`, 1 where there are none."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + heads, mask, other=1.0)
+    return scale
+
+
+@triton.jit
 def write_heads(
-    new_ptr, cache_ptr, token, slot, first, stride_t, stride_h, stride_page,
+    new_ptr, cache_ptr, scale_ptr, token, slot, first, stride_t, stride_h, stride_page,
     HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -53,12 +65,13 @@ def write_heads(
     mask = (heads < HEADS) & (cols < D)
     new = tl.load(new_ptr + token * stride_t + heads * stride_h + cols, mask, other=0.0)
     cache_ptr += slot // PAGE * stride_page + (heads * PAGE + slot % PAGE) * D
-    tl.store(cache_ptr + cols, new.to(cache_ptr.dtype.element_ty), mask)
+    scale = head_scale(scale_ptr, heads, heads < HEADS)
+    tl.store(cache_ptr + cols, encode(new.to(tl.float32), scale, cache_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _write_kv_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, k_scale_ptr, v_scale_ptr,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_stride_page, v_stride_page,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
@@ -71,12 +84,12 @@ def _write_kv_kernel(
         block = tl.program_id(1)
         if block % 2 == 0:
             write_heads(
-                k_ptr, k_cache_ptr, token, slot, block // 2 * BLOCK_HEADS,
+                k_ptr, k_cache_ptr, k_scale_ptr, token, slot, block // 2 * BLOCK_HEADS,
                 k_stride_t, k_stride_h, k_stride_page, HEADS, PAGE, DK, BLOCK_HEADS, BLOCK_DK,
             )  # fmt: skip
         else:
             write_heads(
-                v_ptr, v_cache_ptr, token, slot, block // 2 * BLOCK_HEADS,
+                v_ptr, v_cache_ptr, v_scale_ptr, token, slot, block // 2 * BLOCK_HEADS,
                 v_stride_t, v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
             )  # fmt: skip
 
@@ -90,7 +103,10 @@ def default_config(heads: int, d: int) -> tuple[int, int]:
 
 
 @op(write_kv_reference_, mutates=("k_cache", "v_cache"), fake=_nothing)
-def _write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def _write_kv_(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     tokens, heads, dk = k.shape
     dv = v.shape[2]
     if tokens == 0:
@@ -98,7 +114,7 @@ def _write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
     block_heads, num_warps = default_config(heads, max(dk, dv))
     dependent = pdl(k.device)
     _write_kv_kernel[(tokens, 2 * cdiv(heads, block_heads))](
-        k, v, k_cache, v_cache, slots.contiguous(),
+        k, v, writable(k_cache), writable(v_cache), slots.contiguous(), k_scale, v_scale,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
         HEADS=heads, PAGE=k_cache.shape[2], DK=dk, DV=dv, BLOCK_HEADS=block_heads,
         BLOCK_DK=next_power_of_2(dk), BLOCK_DV=next_power_of_2(dv), PDL=dependent,
@@ -107,12 +123,15 @@ def _write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
 
 
 def _check_cache(name: str, cache: Tensor) -> None:
-    check_dtype(name, cache, *FLOATS)
+    check_dtype(name, cache, *FLOATS, *CODES)
     if not cache[:1].is_contiguous():
         raise ValueError(f"{name} must have contiguous pages, got strides {cache.stride()}")
 
 
-def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def check_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None,
+) -> None:  # fmt: skip
     """Raise unless the arguments are what `write_kv_` documents."""
     check_dtype("k", k, *FLOATS)
     check_dtype("v", v, *FLOATS)
@@ -129,16 +148,24 @@ def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
     check_shape("slots", slots, tokens)
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("slots", slots)):
         check_device(name, tensor, k.device)
+    if k_scale is not None or v_scale is not None:
+        check_dtype("v_cache", v_cache, k_cache.dtype)
+        check_scales(k_cache, k_scale, v_scale)
 
 
-def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv_(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write `k` [T, Hk, Dk] and `v` [T, Hk, Dv] into their pages, in place.
 
     `k_cache` is [P, Hk, page_size, Dk], `v_cache` [P, Hk, page_size, Dv], each page contiguous;
     their dtypes may differ from those of `k` and `v` (float32, float16, bfloat16), which are then
     rounded. Token t goes to `slots[t]` (int64, [T]) = page · page_size + offset, below
     P · page_size; a negative slot writes nowhere. `k` and `v` may be views of one fused
-    projection. Raises TypeError or ValueError for other dtypes, shapes and strides.
+    projection. Caches of float8_e4m3fn or int8 hold codes: cast(k / k_scale) and cast(v / v_scale),
+    to nearest even and within ±448 or ±127; scales are float32 [Hk], None stands for 1.
+    Raises TypeError or ValueError for other dtypes, shapes and strides.
     """
-    check_write(k, v, k_cache, v_cache, slots)
-    _write_kv_(k, v, k_cache, v_cache, slots)
+    check_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    _write_kv_(k, v, k_cache, v_cache, slots, k_scale, v_scale)

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from tlk.kernels import _paged_torch, paged_prefill
 from tlk.kernels._check import (
@@ -34,13 +33,14 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._kv_codes import CODES, as_pairs, check_scales, code_kind, readable
 from tlk.kernels._op import op
+from tlk.kernels._paged_keys import LOG2_E, attend_tiles, rows_for_codes
 from tlk.kernels._paged_split import LEAST_KEYS, LOWEST, Partials, share_tiles, split_count
 from tlk.kernels._paged_tiles import locate
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 MAX_HEAD_DIM = 256
-LOG2_E = tl.constexpr(1.4426950408889634)
 ROWS_OF_ANY = 64  # the rows that the one tile shape of `deterministic` is made for
 
 
@@ -48,6 +48,7 @@ def paged_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
     softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     # in float64 the order of a sum, which follows the batch, does not reach the rounded result
     dtype = torch.float64 if deterministic else torch.float32
@@ -62,7 +63,9 @@ def paged_attention_reference(
         longest = max(lengths[s] for s in batch)
         table = page_table[batch, : -(-longest // k_cache.shape[2])]
         length = seq_lens[batch].long()[:, None]  # [B, 1]
-        k, v, seen = _paged_torch.gather(k_cache, v_cache, table, length, queries, window)
+        k, v, seen = _paged_torch.gather(
+            k_cache, v_cache, table, length, queries, window, k_scale, v_scale
+        )
         for at in torch.arange(queries, device=q.device).split(_paged_torch.QUERIES_AT_ONCE):
             rows = cu_seqlens_q[batch].long()[:, None] + at  # [B, n]
             shown = _paged_torch.visible(length - queries + at, seen, window)
@@ -70,89 +73,6 @@ def paged_attention_reference(
                 q[rows], k, v, shown, softmax_scale, softcap, sinks, dtype
             )
     return out
-
-
-@triton.jit
-def _tanh(x, EXACT: tl.constexpr):
-    if EXACT:
-        return libdevice.tanh(x)
-    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)  # absolute error 1e-7
-
-
-@triton.jit
-def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each key of a tile, [BLOCK_N, 1] or one for all; 0 outside [first, last)."""
-    if PAGE % BLOCK_N == 0:
-        seen = tile * BLOCK_N < last  # and never left of `first`, where no tile begins
-        page = tl.load(table_ptr + tile * BLOCK_N // PAGE, mask=seen, other=0)
-    else:
-        n = tl.arange(0, BLOCK_N)
-        key = tile * BLOCK_N + n
-        entry = key // PAGE
-        if BLOCK_N % PAGE == 0:  # the same, but without a division in the loop
-            entry = tile * (BLOCK_N // PAGE) + n // PAGE
-        seen = (key >= first) & (key < last)
-        page = tl.load(table_ptr + entry, mask=seen, other=0)[:, None]
-    return page
-
-
-@triton.jit
-def _attend_tiles(
-    acc, total, top, q, position, first, last, begin, full_begin, full_end, end,
-    table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    TWINS: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
-
-    Keys outside [first, last) are not read; tiles [full_begin, full_end) need no other mask.
-    """
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, triton.next_power_of_2(D))
-    dv = tl.arange(0, triton.next_power_of_2(DV))
-    # Read a tile ahead: loads behind a page id of the same iteration get half the pipeline's depth.
-    next_page = _pages(table_ptr, begin, first, last, PAGE, BLOCK_N)
-    for tile in range(begin, end):
-        page = next_page
-        next_page = _pages(table_ptr, tile + 1, first, last, PAGE, BLOCK_N)
-        key = tile * BLOCK_N + n
-        slot = n % PAGE if BLOCK_N % PAGE == 0 else key % PAGE
-        seen = (key >= first) & (key < last)
-        tile_at = page.to(tl.int64) * k_page + (slot[:, None] * D + d[None, :])
-        k = tl.load(
-            k_ptr + tile_at, mask=seen[:, None] & (d < D)[None, :], other=0.0
-        )  # [BLOCK_N, D]
-        if DOT:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        else:
-            s = tl.sum(q[:, None, :] * k.to(tl.float32)[None, :, :], 2)
-        unit = scale
-        if SOFTCAP:
-            s = _tanh(s * scale, k.dtype == tl.float32) * cap
-            unit = 1.0
-        masked = True
-        if BRANCH:
-            masked = (tile < full_begin) | (tile >= full_end)
-        if masked:
-            visible = key[None, :] <= position[:, None]
-            if WINDOW:
-                visible = visible & (position[:, None] - key[None, :] < WINDOW)
-            s = tl.where(visible, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
-        new_top = tl.maximum(top, tl.max(s, 1) * unit)
-        p = tl.exp2(s * unit - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None]
-        if not TWINS:
-            tile_at = page.to(tl.int64) * v_page + (slot[:, None] * DV + dv[None, :])
-        v = tl.load(v_ptr + tile_at, mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
-        if DOT:
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        else:
-            acc += tl.sum(p[:, :, None] * v.to(tl.float32)[None, :, :], 1)
-        top = new_top
-    return acc, total, top
 
 
 @triton.jit
@@ -184,12 +104,12 @@ def _key_range(
 @triton.jit(do_not_specialize=["n_rows", "n_seqs", "splits"])
 def _paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr,
-    used_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits,
+    used_ptr, k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits,
     scale, cap, GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, LEAST: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, PAIRS: tl.constexpr,
+    LEAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
     allow_next(PDL)
@@ -202,8 +122,9 @@ def _paged_attention_kernel(
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
         seq, row = locate(tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S)
     rows = row + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, triton.next_power_of_2(D))
-    dv = tl.arange(0, triton.next_power_of_2(DV))
+    # of codes, tensor cores take halves of the columns, at least 16
+    d = tl.arange(0, triton.next_power_of_2(D) if D > 16 or PAIRS is None else 32)
+    dv = tl.arange(0, triton.next_power_of_2(DV) if DV > 16 or PAIRS is None else 32)
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + rows % GROUP
     heads = tl.num_programs(1) * GROUP
@@ -215,7 +136,7 @@ def _paged_attention_kernel(
             empty = seq + rows // GROUP
             mine = (rows < GROUP) & (empty >= padding) & (empty < n_rows)
         at = (empty * heads + head)[:, None] * DV + dv[None, :]
-        zero = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), out_ptr.dtype.element_ty)
+        zero = tl.zeros((BLOCK_M, dv.shape[0]), out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, zero, mask=mine[:, None] & (dv < DV)[None, :])
     if seq >= n_seqs:
         return
@@ -236,12 +157,18 @@ def _paged_attention_kernel(
     token = (start + rows // GROUP).to(tl.int64)
     q_tile = (token * q_row + head * q_head)[:, None] + d[None, :]
     q = tl.load(q_ptr + q_tile, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    unit: tl.constexpr = 256.0 if PAIRS == "e4m3_bits" else 1.0
+    scale = tl.full((BLOCK_M,), scale * unit, tl.float32)
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr + kv_head)
     if not DOT:
         q = q.to(tl.float32)
+    q, odd_q, scale = rows_for_codes(q, scale, PAIRS)
 
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), tl.float32)
+    pair: tl.constexpr = 1 if PAIRS is None else 2
+    acc = tl.zeros((BLOCK_M, dv.shape[0] // pair), tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         if SPLIT:  # counted once
@@ -252,14 +179,18 @@ def _paged_attention_kernel(
     table_ptr += seq.to(tl.int64) * table_row
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
-    acc, total, top = _attend_tiles(
-        acc, total, top, q, position, first, last, begin, full_begin, full_end, end, table_ptr,
-        k_ptr, v_ptr, k_page, v_page, scale, cap,
-        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D, DV, BLOCK_N, TWINS,
+    acc, odd_acc, total, top = attend_tiles(
+        acc, acc, total, top, q, odd_q, position, first, last, begin, full_begin, full_end, end,
+        table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
+        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D // pair, DV // pair, BLOCK_N, TWINS, PAIRS,
     )  # fmt: skip
+    if PAIRS is not None:
+        acc = tl.reshape(tl.join(acc, odd_acc), (BLOCK_M, dv.shape[0])) * unit
     some = total > 0.0
     total = tl.where(some, total, 1.0)
     acc = acc / total[:, None]
+    if v_scale_ptr is not None:
+        acc *= tl.load(v_scale_ptr + kv_head)
     at = token * heads + head
     o_mask = live[:, None] & (dv < DV)[None, :]
     if SPLIT:
@@ -319,6 +250,7 @@ def _backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float = 1.0, window: int = 0,
     softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> str:  # fmt: skip
     if deterministic:
         return "triton"
@@ -337,24 +269,26 @@ def _paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int = 0,
     softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q)
-    options = max_q, softmax_scale, window, softcap, sinks
+    options, scales = (max_q, softmax_scale, window, softcap, sinks), (k_scale, v_scale)
     backend = _backend(*tensors, *options, deterministic)
     if backend == "torch":
-        return _paged_torch.paged_attention_torch(*tensors, *options)
+        return _paged_torch.paged_attention_torch(*tensors, *options, *scales)
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
     if backend in ("gluon", "triton_tma"):
         paged_prefill.launch(backend, out, *tensors, softmax_scale)
     elif out.numel():
-        _launch(out, *tensors, *options, deterministic)
+        _launch(out, *tensors, *options, deterministic, *scales)
     return out
 
 
 def _launch(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor,
     seq_lens: Tensor, cu_seqlens_q: Tensor, max_q: int, softmax_scale: float, window: int,
-    softcap: float, sinks: Tensor | None, deterministic: bool,
+    softcap: float, sinks: Tensor | None, deterministic: bool, k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:  # fmt: skip
     (tokens, heads, d), dv = q.shape, v_cache.shape[3]
     (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
@@ -369,19 +303,21 @@ def _launch(
     splits = 1
     if not deterministic and (decode or 2 * tiles * kv_heads <= slots):
         splits = split_count(tiles * kv_heads, pages * page_size, slots)
+    pairs = code_kind(k_cache) if config.dot else None
+    k_cache, v_cache = (as_pairs(x) if pairs else readable(x) for x in (k_cache, v_cache))
     parts = Partials(out, splits) if splits > 1 else None
     into = (parts.results, parts.lse, parts.used) if parts else (None, None, None)
     _paged_attention_kernel[(tiles, kv_heads, splits)](
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, out, *into,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
+        k_scale, v_scale, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
         v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
         softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
         softcap * LOG2_E.value,
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_S=next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
-        TWINS=d == dv and k_cache.stride() == v_cache.stride(), PDL=dependent,
+        BLOCK_S=1 if decode else next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
+        TWINS=d == dv and k_cache.stride() == v_cache.stride(), PAIRS=pairs, PDL=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
     if parts:
@@ -397,6 +333,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     cu_seqlens_q: Tensor, max_q: int, *, softmax_scale: float | None = None, window: int = 0,
     softcap: float = 0.0, sinks: Tensor | None = None, deterministic: bool = False,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend from the last tokens of S sequences to all their tokens in a paged cache; causal.
 
@@ -413,11 +350,15 @@ def paged_attention(
     row's result is bitwise the same whatever other sequences, queries and padding it comes with; short
     batches over long sequences are then slow, since one program reads all keys of a head.
 
-    Returns [T, H, Dv] in the dtype of `q` and of the caches: float32, float16 or bfloat16. Rows
+    Caches have the dtype of `q` or hold float8_e4m3fn or int8 codes: keys are then codes · `k_scale`,
+    values codes · `v_scale` (float32 [Hk]; None: 1).
+
+    Returns [T, H, Dv] in the dtype of `q`: float32, float16 or bfloat16. Rows
     that see nothing and rows beyond `cu_seqlens_q[S]` are 0. Head dims reach 256. Raises ValueError
     or TypeError on shapes, dtypes, devices or layouts other than these.
     """
     _check(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks)
+    check_scales(k_cache, k_scale, v_scale)
     for name, value in (("max_q", max_q), ("window", window), ("softcap", softcap)):
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
@@ -426,7 +367,7 @@ def paged_attention(
         raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")
     return _paged_attention(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, max_q, scale, window, softcap,
-        sinks, deterministic,
+        sinks, deterministic, k_scale, v_scale,
     )  # fmt: skip
 
 
@@ -441,10 +382,15 @@ def _check(
     check_shape("seq_lens", seq_lens, page_table.shape[0])
     check_shape("cu_seqlens_q", cu_seqlens_q, page_table.shape[0] + 1)
     check_dtype("q", q, *FLOATS)
+    check_dtype("k_cache", k_cache, q.dtype, *CODES)
+    check_dtype("v_cache", v_cache, k_cache.dtype)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_dtype(name, cache, q.dtype)
         check_device(name, cache, q.device)
         check_last_dim_contiguous(name, cache)
+        if cache.dtype in CODES and cache.shape[3] % 2:
+            raise ValueError(
+                f"{name} must have an even head dim to hold codes, got {cache.shape[3]}"
+            )
         if cache.stride(2) != cache.shape[3] and cache.shape[2] > 1:
             raise ValueError(f"{name} must have contiguous pages, got strides {cache.stride()}")
     indices = {"page_table": page_table, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}

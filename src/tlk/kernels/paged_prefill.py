@@ -150,6 +150,7 @@ def backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_q: int) -> str | No
     if (
         arch not in (90, 100)  # on sm_120 tiles of 64 × 128 spill
         or q.element_size() != 2
+        or k_cache.dtype != q.dtype
         or not {q.shape[2], v_cache.shape[3]} <= HEAD_DIMS
         or 2 * cdiv(q.shape[0] * group, BLOCK_M) * kv_heads <= sm_count(q.device)
         or not (_in_boxes(k_cache) and _in_boxes(v_cache))

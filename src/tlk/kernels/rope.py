@@ -27,16 +27,17 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._kv_codes import encode, writable
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
-from tlk.kernels.kv_cache import check_write, write_heads, write_kv_reference_
+from tlk.kernels.kv_cache import check_write, head_scale, write_heads, write_kv_reference_
 
 
 def rope_and_write_kv_reference_(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, interleaved: bool = False,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0.0, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     c, s = cos[positions][:, None], sin[positions][:, None]  # [T, 1, R/2]
     turned = []
@@ -51,7 +52,7 @@ def rope_and_write_kv_reference_(
         rotary = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
         turned.append(torch.cat((rotary, rest), -1))
     q.copy_(turned[0])
-    write_kv_reference_(turned[1], v, k_cache, v_cache, slots)
+    write_kv_reference_(turned[1], v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 def _nothing(*_: object) -> None:
@@ -68,11 +69,14 @@ def _factor(norm_ptr, cols, mask, scale, weight_offset):
 
 @triton.jit
 def _turn(
-    x_ptr, to_ptr, live, kept, cos_ptr, sin_ptr, row, norm_ptr, eps, weight_offset,
+    x_ptr, to_ptr, stored_scale, live, kept, cos_ptr, sin_ptr, row, norm_ptr, eps, weight_offset,
     IN_PLACE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Read `live` heads at `x_ptr` [BLOCK_HEADS, 1] and write them, turned, to `to_ptr` if `kept`."""
+    """Read `live` heads at `x_ptr` [BLOCK_HEADS, 1] and write them, turned, to `to_ptr` if `kept`.
+
+    There they are stored as `encode` does it, divided by `stored_scale` if that is 8 bits.
+    """
     dtype: tl.constexpr = to_ptr.dtype.element_ty
     pairs = tl.arange(0, BLOCK_HALF)[None, :]
     cols, inside = pairs, pairs < HALF
@@ -100,20 +104,22 @@ def _turn(
         a, b = tl.split(tl.reshape(x, (live.shape[0], BLOCK_HALF, 2)))
         turned = tl.join(a * cos - b * sin, b * cos + a * sin)
         turned = tl.reshape(turned, (live.shape[0], 2 * BLOCK_HALF))
-        tl.store(to_ptr + cols, turned.to(dtype), kept & inside)
+        tl.store(to_ptr + cols, encode(turned, stored_scale, dtype), kept & inside)
     else:
         b *= _factor(norm_ptr, HALF + cols, inside, scale, weight_offset)
-        tl.store(to_ptr + cols, (x * cos - b * sin).to(dtype), kept & inside)
-        tl.store(to_ptr + HALF + cols, (b * cos + x * sin).to(dtype), kept & inside)
+        first = encode(x * cos - b * sin, stored_scale, dtype)
+        second = encode(b * cos + x * sin, stored_scale, dtype)
+        tl.store(to_ptr + cols, first, kept & inside)
+        tl.store(to_ptr + HALF + cols, second, kept & inside)
     if D > 2 * HALF and (not IN_PLACE or norm_ptr is not None):
         rest *= _factor(norm_ptr, rest_cols, rest_in, scale, weight_offset)
-        tl.store(to_ptr + rest_cols, rest.to(dtype), kept & rest_in)
+        tl.store(to_ptr + rest_cols, encode(rest, stored_scale, dtype), kept & rest_in)
 
 
 @triton.jit
 def _rope_and_write_kv_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, positions_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-    q_norm_ptr, k_norm_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    k_scale_ptr, v_scale_ptr, q_norm_ptr, k_norm_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     k_stride_page, v_stride_page, eps, weight_offset,
     Q_HEADS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -130,7 +136,8 @@ def _rope_and_write_kv_kernel(
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
             write_heads(
-                v_ptr, v_cache_ptr, token, slot, (block - q_blocks - kv_blocks) * BLOCK_HEADS,
+                v_ptr, v_cache_ptr, v_scale_ptr, token, slot,
+                (block - q_blocks - kv_blocks) * BLOCK_HEADS,
                 v_stride_t, v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
             )  # fmt: skip
     else:
@@ -139,7 +146,7 @@ def _rope_and_write_kv_kernel(
         if block < q_blocks:
             at = token * q_stride_t + head * q_stride_h
             _turn(
-                q_ptr + at, q_ptr + at, head < Q_HEADS, head < Q_HEADS, cos_ptr, sin_ptr, row,
+                q_ptr + at, q_ptr + at, 1.0, head < Q_HEADS, head < Q_HEADS, cos_ptr, sin_ptr, row,
                 q_norm_ptr, eps, weight_offset, True, INTERLEAVED, HALF, D, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
         else:
@@ -147,8 +154,9 @@ def _rope_and_write_kv_kernel(
             slot = tl.load(slots_ptr + token)
             at = token * k_stride_t + head * k_stride_h
             to = slot // PAGE * k_stride_page + (head * PAGE + slot % PAGE) * D
+            scale = head_scale(k_scale_ptr, head, head < HEADS)
             _turn(
-                k_ptr + at, k_cache_ptr + to, head < HEADS, (head < HEADS) & (slot >= 0), cos_ptr,
+                k_ptr + at, k_cache_ptr + to, scale, head < HEADS, (head < HEADS) & (slot >= 0), cos_ptr,
                 sin_ptr, row, k_norm_ptr, eps, weight_offset, False, INTERLEAVED, HALF, D,
                 BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
@@ -167,7 +175,7 @@ def _rope_and_write_kv_(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, interleaved: bool = False,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0.0, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     (tokens, q_heads, d), (heads, dv), half = q.shape, v.shape[1:], cos.shape[1]
     if tokens == 0:
@@ -176,8 +184,8 @@ def _rope_and_write_kv_(
     blocks = cdiv(q_heads, block_heads) + 2 * cdiv(heads, block_heads)
     dependent = pdl(q.device)
     _rope_and_write_kv_kernel[(tokens, blocks)](
-        q, k, v, cos.contiguous(), sin.contiguous(), positions.contiguous(), k_cache, v_cache,
-        slots.contiguous(), q_norm, k_norm, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        q, k, v, cos.contiguous(), sin.contiguous(), positions.contiguous(),
+        writable(k_cache), writable(v_cache), slots.contiguous(), k_scale, v_scale, q_norm, k_norm, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0), eps, weight_offset,
         Q_HEADS=q_heads, HEADS=heads, PAGE=k_cache.shape[2], D=d, DV=dv, HALF=half,
         INTERLEAVED=interleaved, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
@@ -190,7 +198,7 @@ def rope_and_write_kv_(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, *, interleaved: bool = False,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0.0, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Turn `q` [T, H, D] in place, and write turned `k` [T, Hk, D] and `v` [T, Hk, Dv] to pages.
 
@@ -199,7 +207,7 @@ def rope_and_write_kv_(
     (i, i + R/2), or (2i, 2i + 1) if `interleaved`. With `q_norm` and `k_norm` [D] each head is
     divided by its root mean square and multiplied by `weight_offset` + weight before it turns.
 
-    `k_cache`, `v_cache` and `slots` are those of `write_kv_`; `k` and `v` stay as they are. All of
+    `k_cache`, `v_cache`, `slots`, `k_scale` and `v_scale` are those of `write_kv_`; `k` and `v` stay as they are. All of
     q, k and v may be views of one fused projection. Raises TypeError or ValueError for other dtypes
     and shapes, and where the last dimension of q, k or v is not contiguous.
     """
@@ -208,7 +216,7 @@ def rope_and_write_kv_(
     check_shape("q", q, None, None, None)
     check_shape("k", k, q.shape[0], None, q.shape[2])
     check_last_dim_contiguous("q", q)
-    check_write(k, v, k_cache, v_cache, slots)
+    check_write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     check_dtype("cos", cos, torch.float32)
     check_dtype("sin", sin, torch.float32)
     check_shape("cos", cos, None, None)
@@ -222,7 +230,7 @@ def rope_and_write_kv_(
     _check_norms(q, q_norm, k_norm)
     _rope_and_write_kv_(
         q, k, v, cos, sin, positions, k_cache, v_cache, slots, interleaved, q_norm, k_norm, eps,
-        weight_offset,
+        weight_offset, k_scale, v_scale,
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ def _torch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
     v_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = v
 
 
-def _case(t: int, kv_heads: int, dk: int, dv: int, gate: bool = True) -> Case:
+def _case(
+    t: int, kv_heads: int, dk: int, dv: int, gate: bool = True, codes: torch.dtype | None = None
+) -> Case:
     pages = max(t // PAGE_SIZE, 64)
 
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
@@ -26,20 +28,24 @@ def _case(t: int, kv_heads: int, dk: int, dv: int, gate: bool = True) -> Case:
         return (
             k.unflatten(1, (kv_heads, dk)),
             v.unflatten(1, (kv_heads, dv)),
-            new.randn(pages, kv_heads, PAGE_SIZE, dk),
-            new.randn(pages, kv_heads, PAGE_SIZE, dv),
+            new.randn(pages, kv_heads, PAGE_SIZE, dk).to(codes or new.dtype),
+            new.randn(pages, kv_heads, PAGE_SIZE, dv).to(codes or new.dtype),
             new.tensor([i * step for i in range(t)], dtype=torch.int64),
+            *(new.tensor([0.03] * kv_heads, torch.float32) for _ in range(2 * bool(codes))),
         )
 
+    name = f"T{t}-Hk{kv_heads}-D{dk}" + (f"-Dv{dv}" if dv != dk else "")
     return Case(
-        "write_kv_", f"T{t}-Hk{kv_heads}-D{dk}" + (f"-Dv{dv}" if dv != dk else ""),
-        inputs, write_kv_, lambda size: 2 * t * kv_heads * (dk + dv) * size,
-        write_kv_reference_, peers={"torch": _torch}, gate=gate,
+        "write_kv_", f"{name}-{str(codes).removeprefix('torch.')}" if codes else name,
+        inputs, write_kv_,
+        lambda size: t * kv_heads * (dk + dv) * (size + (codes.itemsize if codes else size)),
+        write_kv_reference_, peers={} if codes else {"torch": _torch}, gate=gate,
     )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
     *(_case(t, 8, 128, 128) for t in (1, 16, 128, 8192)),
+    *(_case(8192, 8, 128, 128, codes=codes) for codes in (torch.float8_e4m3fn, torch.int8)),
     _case(4096, 2, 64, 64),
     _case(4096, 16, 192, 128),
     _case(4096, 8, 256, 256),

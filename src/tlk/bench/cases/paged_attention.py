@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
+from tlk.kernels._kv_codes import encode_reference
 from tlk.kernels.paged_attention import paged_attention, paged_attention_reference
 
 HALF = (torch.bfloat16, torch.float16)
 ANY = (*HALF, torch.float32)
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+SCALE = 0.03  # of 8-bit codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Step:
     softcap: float = 0.0
     sinks: bool = False
     deterministic: bool = False
+    codes: torch.dtype | None = None
     dtypes: tuple[torch.dtype, ...] = HALF
     gate: bool = True
 
@@ -42,13 +46,19 @@ class Step:
         table = make.randint(0, 1, seqs, pages)
         if make.empty:  # to compile for, a few pages are as good as all
             dense = [make.randn(1, self.kv_heads, 4 * self.page, self.d) for _ in range(2)]
-            caches = [make.randn(64, self.kv_heads, self.page, self.d) for _ in range(2)]
+            shape = 64, self.kv_heads, self.page, self.d
+            caches = [make.randn(*shape, dtype=self.codes) for _ in range(2)]
         else:
             table.copy_(torch.randperm(seqs * pages, device=table.device).view(seqs, pages))
             rows = seqs, self.kv_heads, pages * self.page, self.d
             dense = [make.randn(*rows) for _ in range(2)]
             caches = [self._paged(x, table) for x in dense]
-        return (q, *caches, table, lens, cu_seqlens, sinks, *dense)
+            if self.codes:
+                caches = [encode_reference(x / SCALE, None, self.codes) for x in caches]
+        scales = [
+            make.tensor([SCALE] * self.kv_heads, torch.float32) for _ in range(2 * bool(self.codes))
+        ]
+        return (q, *caches, table, lens, cu_seqlens, sinks, *(scales or (None, None)), *dense)
 
     def _paged(self, dense: Tensor, table: Tensor) -> Tensor:
         pages = dense.unflatten(2, (-1, self.page)).transpose(1, 2).flatten(0, 1)
@@ -58,21 +68,21 @@ class Step:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor,
-        sinks: Tensor | None, *_: Tensor,
+        sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, *_: Tensor,
     ) -> Tensor:  # fmt: skip
         return paged_attention(
             q, k, v, table, lens, cu, max(self.queries), window=self.window, softcap=self.softcap,
-            sinks=sinks, deterministic=self.deterministic,
+            sinks=sinks, deterministic=self.deterministic, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor,
-        sinks: Tensor | None, *_: Tensor,
+        sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, *_: Tensor,
     ) -> Tensor:  # fmt: skip
-        scale = self.d**-0.5
         return paged_attention_reference(
-            q, k, v, table, lens, cu, max(self.queries), scale, self.window, self.softcap, sinks
-        )
+            q, k, v, table, lens, cu, max(self.queries), self.d**-0.5, self.window, self.softcap,
+            sinks, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
 
     def dense(self, q: Tensor, *rest: Tensor) -> Tensor:
         """SDPA on the same keys and values without pages."""
@@ -93,8 +103,9 @@ class Step:
         keys = 0
         for n in self.queries:
             keys += min(self.length, self.window + n - 1) if self.window else self.length
-        tokens = sum(self.queries) * self.heads + keys * self.kv_heads
-        return 2 * tokens * self.d * itemsize
+        stored = self.codes.itemsize if self.codes else itemsize
+        rows = sum(self.queries) * self.heads * itemsize + keys * self.kv_heads * stored
+        return 2 * rows * self.d
 
     def case(self) -> Case:
         plain = not (self.window or self.softcap or self.sinks)
@@ -148,6 +159,25 @@ STEPS = (
     Step("mixed-Q2048-and-63", (2048, *(1,) * 63), 4096, dtypes=ANY),
     Step("decode-B32-S4096-llama-70b", (1,) * 32, 4096, 64, 8, gate=False),
     Step("decode-B64-S2048-qwen3-30b", (1,) * 64, 2048, 32, 4, gate=False),
+    *(
+        Step(f"{name}-{kind}", queries, length, page=64, codes=codes)
+        for kind, codes in (("fp8", FP8), ("int8", INT8))
+        for name, queries, length in (
+            ("decode-B1-S131072", (1,), 131072),
+            ("decode-B32-S4096", (1,) * 32, 4096),
+            ("decode-B128-S8192", (1,) * 128, 8192),
+            ("prefill-B1-S4096", (4096,), 4096),
+        )
+    ),
+    Step(
+        "decode-B32-S4096-D256-softcap-int8", (1,) * 32, 4096, 16, 8, 256, softcap=50.0, codes=INT8
+    ),
+    Step("decode-B32-S4096-G7-D96-fp8", (1,) * 32, 4096, 28, 4, 96, dtypes=ANY, codes=FP8),
+    Step("chunk-B8-S4096-Q16-fp8", (16,) * 8, 4096, dtypes=ANY, codes=FP8),
+    Step(
+        "prefill-B1-S8192-D256-fp8", (8192,), 8192, 16, 8, 256, window=4096, dtypes=ANY, codes=FP8
+    ),
+    Step("mixed-Q2048-and-63-int8", (2048, *(1,) * 63), 4096, dtypes=ANY, codes=INT8),
     *(
         Step(f"{name}-deterministic", queries, length, dtypes=ANY, deterministic=True)
         for name, queries, length in (

@@ -31,7 +31,7 @@ def _torch(
 
 def _case(
     t: int, heads: int, kv_heads: int, d: int, rotary: int, interleaved: bool = False,
-    norm: bool = False, gate: bool = True,
+    norm: bool = False, gate: bool = True, codes: torch.dtype | None = None,
 ) -> Case:  # fmt: skip
     pages = max(t // PAGE_SIZE, 64)
 
@@ -44,17 +44,21 @@ def _case(
         # one page after the other for prefill, one page for every sequence when decoding
         step = PAGE_SIZE if t < pages else 1
         slots = new.tensor([i * step for i in range(t)], dtype=torch.int64)
-        caches = (new.randn(pages, kv_heads, PAGE_SIZE, d) for _ in range(2))
+        shape = pages, kv_heads, PAGE_SIZE, d
+        caches = (new.randn(*shape).to(codes or new.dtype) for _ in range(2))
         norms = (new.randn(d) for _ in range(2 * norm))
-        return *qkv.split((heads, kv_heads, kv_heads), 1), *tables, *caches, slots, *norms
+        scales = (new.tensor([0.03] * kv_heads, torch.float32) for _ in range(2 * bool(codes)))
+        heads_of = qkv.split((heads, kv_heads, kv_heads), 1)
+        return *heads_of, *tables, *caches, slots, *norms, *scales
 
     def run(*args: Tensor, run=rope_and_write_kv_) -> None:  # type: ignore[no-untyped-def]
-        norms = dict(zip(("q_norm", "k_norm"), args[9:], strict=False))
-        run(*args[:9], interleaved=interleaved, **norms)
+        names = ("q_norm", "k_norm") if norm else ("k_scale", "v_scale")
+        run(*args[:9], interleaved=interleaved, **dict(zip(names, args[9:], strict=False)))
 
     part = f"-R{rotary}" if rotary < d else ""
     kind = f"{'-interleaved' if interleaved else ''}{'-norm' if norm else ''}"
-    plain = rotary == d and not interleaved and not norm
+    kind += f"-{str(codes).removeprefix('torch.')}" if codes else ""
+    plain = rotary == d and not (interleaved or norm or codes)
     return Case(
         "rope_and_write_kv_", f"T{t}-H{heads}-Hk{kv_heads}-D{d}{part}{kind}",
         inputs, run,
@@ -66,6 +70,8 @@ def _case(
 
 CASES: tuple[Case, ...] = (
     *(_case(t, 32, 8, 128, 128) for t in (1, 16, 128, 8192)),
+    *(_case(t, 32, 8, 128, 128, codes=torch.float8_e4m3fn) for t in (1, 8192)),
+    _case(8192, 32, 8, 128, 128, codes=torch.int8),
     _case(4096, 14, 2, 64, 64),
     _case(4096, 16, 8, 256, 256),
     _case(4096, 32, 8, 128, 64),
