@@ -3,8 +3,8 @@
 | kind | bits of a code | value | group |
 |---|---|---|---|
 | int4 | unsigned | (q - z) · s, z = 8 if there is none | 32, 64, 128 or K |
-| int8 | signed | (q - z) · s | any divisor of K |
-| table4 | index of `table` | table[q] · absmax | 32 to K |
+| int8 | signed | (q - z) · s | powers of two from 16, or K |
+| table4 | index of `table` | table[q] · absmax | powers of two from 32, or K |
 | mx4 | e2m1 | q · 2^(s - 127) | 32 |
 | nv4 | e2m1 | q · (s · global), s in e4m3 | 16 |
 | fp8 | e4m3 | q · s | rows, or blocks of 128 × 128 |
@@ -54,6 +54,11 @@ class Quantized:
         return n, width * (1 if self.kind in ("int8", "fp8") else 2)
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether a row has one scale, so that its codes are not in groups."""
+        return not self.blocks and self.scale.shape[1] == 1 and self.kind not in ("mx4", "nv4")
+
+    @property
     def blocks(self) -> bool:
         """Whether a scale serves a block of rows, and not one row."""
         return self.kind == "fp8" and self.scale.shape != (self.weight.shape[0], 1)
@@ -89,8 +94,11 @@ def check_group_size(w: Quantized, k: int) -> None:
         raise ValueError(f"group_size of {w.kind} must be one of {sizes}, got {w.group_size}")
     if k % w.group_size and w.kind != "fp8":
         raise ValueError(f"group_size must divide the {k} inputs, got {w.group_size}")
-    if w.kind == "table4" and (w.group_size < 32 or w.group_size % 32):
-        raise ValueError(f"group_size of table4 must be a multiple of 32, got {w.group_size}")
+    smallest = {"table4": 32, "int8": 16}.get(w.kind, 1)
+    if w.group_size != k and (w.group_size < smallest or w.group_size & (w.group_size - 1)):
+        raise ValueError(
+            f"group_size of {w.kind} must be {k} or a power of two from {smallest}, got {w.group_size}"
+        )
 
 
 def scale_dtypes(w: Quantized) -> tuple[torch.dtype, ...]:
@@ -140,6 +148,13 @@ def check_extras(w: Quantized, n: int, groups: int) -> None:
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def run_bytes(w: Quantized) -> int:
+    """How many bytes of a row kernels that go group by group take as one, a power of two."""
+    if w.whole_rows:
+        return 128
+    return w.group_size // (1 if w.kind in ("int8", "fp8") else 2)
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """Values of fp8 as the bytes that store them: below sm_89 Triton does not know their type."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
@@ -174,18 +189,55 @@ def _e8m0(byte):
 
 @triton.jit
 def _group_scale(
-    scale_ptr, table_map_ptr, absmax_ptr, start_ptr, offset_ptr, global_ptr,
-    row, group, groups, stride_absmax, mask, KIND: tl.constexpr,
+    scale_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
+    row, group, mask, groups, stride_absmax, KIND: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The float32 scale of `group` of `row`."""
-    raw = tl.load(scale_ptr + row * groups + group, mask, other=0)
+    scale_row = row // 128 if BLOCKS else row
+    stored = tl.load(scale_ptr + scale_row * groups + group, mask, other=0)
     if KIND == "mx4":
-        return _e8m0(raw.to(tl.int32))
+        return _e8m0(stored.to(tl.int32))
     if KIND == "nv4":
-        return _e4m3(raw.to(tl.int32)) * tl.load(global_ptr + row, mask, other=0.0)
+        return _e4m3(stored.to(tl.int32)) * tl.load(global_ptr + row, mask, other=0.0)
     if absmax_ptr is not None:
         block = tl.load(start_ptr + row, mask, other=0) + group
         outer = tl.load(absmax_ptr + row * stride_absmax + block // 256, mask, other=0.0)
-        inner = tl.load(table_map_ptr + raw.to(tl.int32), mask, other=0.0)
+        inner = tl.load(map_ptr + stored.to(tl.int32), mask, other=0.0)
         return inner * outer + tl.load(offset_ptr + row, mask, other=0.0)
-    return raw.to(tl.float32)
+    return stored.to(tl.float32)
+
+
+@triton.jit
+def _values(
+    w, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
+    row, run, in_run, mask, groups, stride_absmax,
+    KIND: tl.constexpr, WHOLE_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """float32 values of bytes `w` [..., runs, bytes], int32: of low halves and of high ones, or twice all.
+
+    A run is a group's bytes. `row` and `run` have one byte in the last dimension, and `in_run` is their
+    mask; `mask` is that of the bytes.
+    """
+    group = run * 0 if WHOLE_ROWS else run
+    in_scale = in_run & (row >= 0)
+    s = _group_scale(
+        scale_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
+        row, group, in_scale, groups, stride_absmax, KIND, BLOCKS,
+    )  # fmt: skip
+    z = 8.0 if KIND == "int4" else 0.0
+    if zero_ptr is not None:
+        z = tl.load(zero_ptr + row * groups + group, in_scale, other=0).to(tl.float32)
+    if KIND == "fp8":
+        value = _e4m3(w) * s
+        return value, value
+    elif KIND == "int8":
+        value = (_small_int(w + 128) - 128.0 - z) * s
+        return value, value
+    elif KIND == "int4":
+        return (_small_int(w & 15) - z) * s, (_small_int(w >> 4) - z) * s
+    elif KIND == "table4":
+        low = tl.load(table_ptr + (w & 15), mask & (row >= 0), other=0.0)
+        high = tl.load(table_ptr + (w >> 4), mask & (row >= 0), other=0.0)
+        return low * s, high * s
+    else:
+        return _e2m1(w & 15) * s, _e2m1(w >> 4) * s

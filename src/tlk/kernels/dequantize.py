@@ -18,12 +18,10 @@ from tlk.kernels._dequant import (
     BLOCK,
     NESTED,
     Quantized,
-    _e2m1,
-    _e4m3,
-    _group_scale,
-    _small_int,
+    _values,
     as_bytes,
     check_quantized,
+    run_bytes,
 )
 from tlk.kernels._ints import cdiv
 from tlk.kernels._op import op
@@ -92,65 +90,41 @@ def dequantize_reference(
 def _dequantize_kernel(
     w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
     out_ptr, N, WIDTH, groups, stride_w, stride_absmax,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr,
+    KIND: tl.constexpr, WHOLE_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS × BYTES bytes of the packed weight [N, WIDTH]; GROUP is in bytes, whole rows if 0."""
-    blocks = tl.cdiv(WIDTH, BYTES)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) % blocks * BYTES + tl.arange(0, BYTES)[None, :]
-    mask = (row < N) & (column < WIDTH)
-    w = tl.load(w_ptr + row * stride_w + column, mask, other=0).to(tl.int32)
-    if GROUP == 0:
-        group, within, size = 0, column, WIDTH
-    else:
-        group, within, size = column // GROUP, column % GROUP, GROUP
-    if KIND == "fp8":
-        scale_row = row // 128 if BLOCKS else row
-        s = tl.load(scale_ptr + scale_row * groups + group, mask, other=0.0)
-        out = _e4m3(w) * s
-        tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask)
-        return
-    s = _group_scale(
-        scale_ptr, map_ptr, absmax_ptr, start_ptr, offset_ptr, global_ptr,
-        row, group, groups, stride_absmax, mask, KIND,
+    """ROWS rows, of each RUNS runs of bytes: those of a group, or just some where rows are whole."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    blocks = tl.cdiv(WIDTH, RUN * RUNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    run = tl.program_id(0) % blocks * RUNS + tl.arange(0, RUNS)[None, :, None]
+    byte = run * RUN + tl.arange(0, RUN)
+    mask = (row < N) & (byte < WIDTH)
+    w = tl.load(w_ptr + row * stride_w + byte, mask, other=0).to(tl.int32)
+    low, high = _values(
+        w, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
+        row, run, (row < N) & (run * RUN < WIDTH), mask, groups, stride_absmax,
+        KIND, WHOLE_ROWS, BLOCKS,
     )  # fmt: skip
-    if KIND == "int8":
-        z = 0.0
-        if zero_ptr is not None:
-            z = tl.load(zero_ptr + row * groups + group, mask, other=0).to(tl.float32)
-        out = (_small_int(w + 128) - 128.0 - z) * s
-        tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask)
+    if KIND == "int8" or KIND == "fp8":
+        tl.store(out_ptr + row * WIDTH + byte, low.to(DTYPE), mask)
         return
-    low, high = w & 15, w >> 4
-    if KIND == "table4":
-        low = tl.load(table_ptr + low, mask, other=0.0)
-        high = tl.load(table_ptr + high, mask, other=0.0)
-    elif KIND == "int4":
-        z = 8.0
-        if zero_ptr is not None:
-            z = _small_int(tl.load(zero_ptr + row * groups + group, mask, other=0).to(tl.int32))
-        low, high = _small_int(low) - z, _small_int(high) - z
-    else:
-        low, high = _e2m1(low), _e2m1(high)
-    at = out_ptr + row * 2 * WIDTH + group * 2 * size + within
-    tl.store(at, (low * s).to(out_ptr.dtype.element_ty), mask)
-    tl.store(at + size, (high * s).to(out_ptr.dtype.element_ty), mask)
+    at = out_ptr + row * 2 * WIDTH + (byte if WHOLE_ROWS else byte + run * RUN)
+    tl.store(at, low.to(DTYPE), mask)
+    tl.store(at + (WIDTH if WHOLE_ROWS else RUN), high.to(DTYPE), mask)
 
 
 def _launch(w: Quantized, out: Tensor) -> None:
     n, width = w.weight.shape
-    groups = w.scale.shape[1]
-    codes = 1 if w.kind in ("int8", "fp8") else 2
     absmax, start, values, offset = w.nested or (None, None, None, None)
-    group = 0 if groups == 1 and not w.blocks else w.group_size // codes
-    rows, block = 4, 1024
-    grid = (cdiv(n, rows) * cdiv(width, block),)
+    run = run_bytes(w)
+    runs, rows = max(1024 // run, 1), 4
+    grid = (cdiv(n, rows) * cdiv(width, run * runs),)
     _dequantize_kernel[grid](
         as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale,
         absmax, start, values, offset, out,
-        n, width, groups, w.weight.stride(0), 0 if absmax is None else absmax.stride(0),
-        KIND=w.kind, GROUP=group, BLOCKS=w.blocks, ROWS=rows, BYTES=block,
+        n, width, w.scale.shape[1], w.weight.stride(0), 0 if absmax is None else absmax.stride(0),
+        w.kind, w.whole_rows, w.blocks, ROWS=rows, RUN=run, RUNS=runs,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
