@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ CASES = [
 
 
 def golden():
-    with safe_open(GOLDEN / "gptq.safetensors", "pt") as file:
+    with safe_open(GOLDEN / "gptq_rounding.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
@@ -75,9 +76,9 @@ def test_equals_gptqmodel(name, group_size, symmetric, top):
 
 def test_golden_file_is_of_the_script_beside_it():
     _, about = golden()
-    script = (GOLDEN / "make_gptq.py").read_bytes()
-    assert about["script_sha256"] == hashlib.sha256(script).hexdigest()
-    assert about["packer"] == "gptqmodel 7.7.0"
+    script = (GOLDEN / "make_gptq_rounding.py").read_bytes()
+    assert about["script"] == hashlib.sha256(script).hexdigest()
+    assert json.loads(about["versions"]) == {"gptqmodel": "7.7.0"}
 
 
 @pytest.mark.parametrize("k", [160, 128, 40])

@@ -1,13 +1,14 @@
-"""Make gptq.safetensors: what GPTQModel's `GPTQ` class rounds weights to, for tests/quant/test_gptq.py.
+"""Make gptq_rounding.safetensors: what GPTQModel's `GPTQ` class rounds weights to, for tests/quant/test_gptq.py.
 
     python -m venv /tmp/oracle && /tmp/oracle/bin/pip install --no-deps gptqmodel==7.7.0 and what it imports:
     pypcre tokenicer device-smi logbar defuser threadpoolctl requests dill ninja protobuf pillow
-    GPTQMODEL_DISABLE_PACK_EXT=1 /tmp/oracle/bin/python tests/quant/golden/make_gptq.py
+    GPTQMODEL_DISABLE_PACK_EXT=1 /tmp/oracle/bin/python tests/quant/golden/make_gptq_rounding.py
 
 Runs on a CPU. The inputs are small integers, so that their Hessian is the same however it is summed.
 """
 
 import hashlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,8 +61,12 @@ def main() -> None:
     for name, options in CASES.items():
         tensors[name] = rounded(weight, x, **options)
     digest = hashlib.sha256(here.read_bytes()).hexdigest()
-    about = {"packer": f"gptqmodel {version('gptqmodel')}", "script_sha256": digest}
-    save_file(tensors, here.with_name("gptq.safetensors"), metadata=about)
+    about = {
+        "versions": json.dumps({"gptqmodel": version("gptqmodel")}),
+        "script": digest,
+        "cases": "{}",
+    }
+    save_file(tensors, here.with_name("gptq_rounding.safetensors"), metadata=about)
 
 
 if __name__ == "__main__":
