@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tlk.bench.limits import Limits, _read, bound, kernel_limits
+from tlk.bench.limits import Limits, _copy, _read, bound, kernel_limits
 
 LIMITS = Limits(
     copy=4e12, read=5e12, launch=2e-6, matmul={"bfloat16": 7e14, "float8_e4m3fn": 1.3e15}
@@ -41,6 +41,13 @@ def test_the_kernel_that_reads_reads_all(device):
     x = torch.arange(20000, dtype=torch.int32, device=device) % 7
     sums = _read(x, False)
     assert sums.tolist() == [int(part.sum()) for part in x.split(8192)]
+
+
+def test_the_kernel_that_copies_copies_all(device):
+    x = torch.arange(5000, dtype=torch.int32, device=device)
+    y = torch.zeros_like(x)
+    _copy(x, y, 2048)
+    assert torch.equal(x, y)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
