@@ -3,13 +3,14 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.interpreter import interpret, late
 from tests.kernels.check import check
 from tlk.kernels import _linear
 from tlk.kernels._linear import launch
 from tlk.kernels._op import count_ops
-from tlk.kernels.matmul import CUBLAS, choose, matmul, matmul_reference
+from tlk.kernels.matmul import CUBLAS, choose, matmul, matmul_add_, matmul_reference
 
 # the package shows the function of that name where an import statement would look
 module = importlib.import_module("tlk.kernels.matmul")
@@ -284,6 +285,15 @@ def test_a_measured_gemv_is_for_one_row(device, monkeypatch):
     check_call(x[:1], weight)
 
 
+def test_a_measured_kernel_for_few_rows_is_not_for_many(device, monkeypatch):
+    for kernel, most in (("fma", 16), ("dot", 64)):
+        config = {"backend": "triton", "kernel": kernel, "meta": META[kernel]}
+        monkeypatch.setattr(module, "lookup", lambda *_, config=config: config)
+        x, weight, *_ = operands(65, 8, 64, device, BF16)
+        assert choose(x[:most], weight, None) is config
+        assert choose(x[: most + 1], weight, None) is not config
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_invariant_rows_do_not_depend_on_their_number(dtype, device):
     x, weight, bias, residual = operands(150, 40, 300, device, dtype)
@@ -317,6 +327,75 @@ def test_registration(device):
             backend="aot_eager",
         )
         torch.testing.assert_close(compiled(*args), 2 * exact(*args))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("backend", [None, "triton", "cublas", "invariant"])
+@pytest.mark.parametrize("m", [1, 7, 20])
+def test_in_place_is_what_is_returned_otherwise(m, backend, biased, activation, device):
+    x, weight, bias, residual = operands(m, 40, 64, device, BF16)
+    bias = bias if biased else None
+    options = {"activation": activation, "backend": backend}
+    want = matmul(x, weight, bias, residual=residual, **options)
+    with count_ops() as counts:
+        assert matmul_add_(residual, x, weight, bias, **options) is residual
+    assert torch.equal(residual, want)
+    assert next(iter(counts)).startswith("matmul_add_[") and counts.total() == 1
+
+
+def test_cublas_adds_in_place_without_a_copy(device):
+    x, weight, _, residual = operands(33, 40, 64, device, BF16)
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket)
+            return func(*args, **kwargs or {})
+
+    with Record():
+        module._cublas(x, weight, None, None, residual, in_place=True)
+    assert torch.ops.aten.addmm_ in called and torch.ops.aten.copy_ not in called
+
+
+def test_in_place_of_three_dimensions_and_of_nothing(device):
+    x = rows_of_mixed_scale((2, 3, 64), device, BF16)
+    weight = torch.randn(24, 64, device=device).to(BF16)
+    residual = torch.randn(2, 3, 24, device=device).to(BF16)
+    want = matmul(x, weight, residual=residual)
+    assert torch.equal(matmul_add_(residual, x, weight), want)
+    assert matmul_add_(residual[:0], x[:0], weight).shape == (0, 3, 24)
+
+
+def test_in_place_registration(device):
+    for m in (3, 20):
+        x, weight, bias, residual = operands(m, 24, 32, device, torch.float32)
+        args = residual, x, weight, bias, "silu"
+        torch.library.opcheck(torch.ops.tlk.matmul_add_.default, args)
+        compiled = torch.compile(
+            lambda r, x, w, b: matmul_add_(r * 1, x, w, b, activation="silu") * 2,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        want = 2 * exact(x, weight, bias, "silu", residual)
+        torch.testing.assert_close(compiled(residual, x, weight, bias), want)
+
+
+def test_in_place_says_what_does_not_fit():
+    x, weight, _, residual = operands(3, 8, 8, "cpu", BF16)
+    for wrong, message in (
+        (residual.T, "residual must have shape"),
+        (
+            torch.empty(3, 16, dtype=BF16)[:, :8],
+            r"residual must be contiguous, got strides \(16, 1\)",
+        ),
+        (x, "residual must not be x"),
+        (residual.float(), "residual must be bfloat16, got float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            matmul_add_(wrong, x, weight)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        matmul_add_(residual, x, weight, backend="x")
 
 
 def bad(message, error=ValueError, **changes):

@@ -66,6 +66,17 @@ def test_a_decoder_can_be_built_without_memory():
     assert torch.equal(hidden, loaded(torch.arange(8), batch, cache))
 
 
+def test_a_layer_writes_over_its_input_only_if_it_may():
+    decoder = decoder_of(tiny("llama"))
+    batch, cache = one_step(decoder)
+    x = torch.randn(8, decoder.config.hidden_size)
+    before = x.clone()
+    y = decoder.layers[0](x, batch, cache.layers[0])
+    assert torch.equal(x, before)
+    assert torch.equal(decoder.layers[0](x, batch, cache.layers[0], in_place=True), y)
+    assert torch.equal(x, y)
+
+
 def test_embeds_stand_for_ids():
     decoder = decoder_of(tiny("llama"))
     batch, cache = one_step(decoder)

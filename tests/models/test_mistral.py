@@ -19,7 +19,7 @@ def test_ops_of_a_forward():
         "norm_linear": 2 + 1,
         "rope_and_write_kv_": 2,
         "paged_attention": 2,
-        "matmul": 2 * 2,
+        "matmul_add_": 2 * 2,
         "gated_linear": 2,
     }
 

@@ -33,7 +33,8 @@ def test_ops_of_a_forward():
         "layer_norm": 2 * 2 + 1,
         "rope_and_write_kv_": 2,
         "paged_attention": 2,
-        "matmul": 4 * 2 + 1,
+        "matmul": 2 * 2 + 1,
+        "matmul_add_": 2 * 2,
     }
 
 

@@ -8,7 +8,7 @@ LLAMA_OPS = {
     "norm_linear": 2 + 1,
     "rope_and_write_kv_": 2,
     "paged_attention": 2,
-    "matmul": 2 * 2,
+    "matmul_add_": 2 * 2,
     "gated_linear": 2,
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}

@@ -26,8 +26,8 @@ FIELDS = {
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 51}
 IDS = [torch.arange(9) * 5 % 51, torch.tensor([50, 7])]
 STEPS = [[(0, 6)], [(0, 2), (1, 1)], [(0, 1), (1, 1)]]  # prefill; prefill beside decode; decode
-OPS = {"rope_and_write_kv_", "paged_attention", "matmul"}
-MORE = {"nemotron": {"layer_norm"}}
+OPS = {"rope_and_write_kv_", "paged_attention", "matmul_add_"}
+MORE = {"nemotron": {"layer_norm", "matmul"}}
 GATED = {"norm_linear", "gated_linear"}
 
 

@@ -12,7 +12,7 @@ from tlk.kernels.flash_attention import flash_attention
 from tlk.kernels.gated_linear import gated_linear
 from tlk.kernels.kv_cache import write_kv_
 from tlk.kernels.likeliest import likeliest_
-from tlk.kernels.matmul import matmul
+from tlk.kernels.matmul import matmul, matmul_add_
 from tlk.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from tlk.kernels.norm_linear import norm_linear
 from tlk.kernels.paged_attention import paged_attention
@@ -35,6 +35,7 @@ __all__ = [
     "layer_norm",
     "likeliest_",
     "matmul",
+    "matmul_add_",
     "norm_linear",
     "paged_attention",
     "quantize_act",

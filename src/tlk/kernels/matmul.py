@@ -99,9 +99,9 @@ def matmul_reference(
 
 @triton.jit
 def _epilogue_kernel(
-    y_ptr, residual_ptr, N, stride_residual, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    y_ptr, residual_ptr, out_ptr, N, stride_residual, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """y = act(y) + residual in place, one program per BLOCK columns of a row."""
+    """out = act(y) + residual, one program per BLOCK columns of a row; out may be either of them."""
     blocks = tl.cdiv(N, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -110,7 +110,7 @@ def _epilogue_kernel(
     if residual_ptr is not None:
         at = residual_ptr + row * stride_residual + n
         y += tl.load(at, n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), n < N)
+    tl.store(out_ptr + row * N + n, y.to(out_ptr.dtype.element_ty), n < N)
 
 
 @lru_cache
@@ -294,21 +294,34 @@ def _cublas_is_exact(dtype: torch.dtype) -> bool:
 
 
 def _cublas(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    in_place: bool = False,
 ) -> Tensor:
+    """`in_place`: the result takes the place of `residual`, which is contiguous."""
     n, k = weight.shape
     if residual is not None and bias is None and activation is None:
-        y = torch.addmm(residual.reshape(-1, n), x.reshape(-1, k), weight.T)
-        return y.view(*x.shape[:-1], n)
+        rows = residual.reshape(-1, n)
+        if in_place:  # else cuBLAS adds to a copy, 20 µs for 4096 rows of 4096
+            rows.addmm_(x.reshape(-1, k), weight.T)
+            return residual
+        return torch.addmm(rows, x.reshape(-1, k), weight.T).view(*x.shape[:-1], n)
     y = F.linear(x, weight, bias)
     if activation is not None or residual is not None:
         m = x.shape[:-1].numel()
-        stride_residual = 0
+        out, stride_residual = y, 0
         if residual is not None:
+            out = residual if in_place else y
             residual = residual.reshape(m, n)
             stride_residual = residual.stride(0)
         block = min(next_power_of_2(n), 1024)
-        _epilogue_kernel[(m * cdiv(n, block),)](y, residual, n, stride_residual, activation, block)
+        _epilogue_kernel[(m * cdiv(n, block),)](
+            y, residual, out, n, stride_residual, activation, block
+        )
+        return out
     return y
 
 
@@ -341,6 +354,51 @@ def _matmul(
     y = x.new_empty(y_shape)
     launch(config, x, weight, bias, activation, y, residual)
     return y
+
+
+def matmul_add_reference_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> None:
+    residual.copy_(matmul_reference(x, weight, bias, activation, residual, backend))
+
+
+def _chosen_backend_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> str:
+    return name_of(choose(x, weight, backend), backend)
+
+
+@op(
+    matmul_add_reference_,
+    mutates=("residual",),
+    fake=lambda *_, **__: None,
+    backend=_chosen_backend_,
+)
+def _matmul_add_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> None:
+    if residual.numel() == 0:
+        return
+    config = choose(x, weight, backend)
+    if config["backend"] == "cublas":
+        _cublas(x, weight, bias, activation, residual, in_place=True)
+    else:  # every element is read and written by one thread of one program
+        launch(config, x, weight, bias, activation, residual, residual)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
@@ -383,10 +441,44 @@ def matmul(
     """
     check_linear(x, weight, bias, activation)
     if residual is not None:
-        check_dtype("residual", residual, x.dtype)
-        check_shape("residual", residual, *x.shape[:-1], weight.shape[0])
-        check_device("residual", residual, x.device)
-        check_last_dim_contiguous("residual", residual)
+        _check_residual(residual, x, weight)
+    _check_backend(backend)
+    return _matmul(x, weight, bias, activation, residual, backend)
+
+
+def matmul_add_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Add ``act(x @ weight.T + bias)`` to `residual` [..., N] in place, and return it.
+
+    What `matmul` returns with the same `residual`, bit for bit, without the copy of it that cuBLAS
+    would add to. `residual` is contiguous and shares no memory with the other tensors, which are as
+    `matmul` wants them. Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    check_linear(x, weight, bias, activation)
+    _check_residual(residual, x, weight)
+    if not residual.is_contiguous():
+        raise ValueError(f"residual must be contiguous, got strides {residual.stride()}")
+    if residual is x:
+        raise ValueError("residual must not be x: rows of x are read while others are written")
+    _check_backend(backend)
+    _matmul_add_(residual, x, weight, bias, activation, backend)
+    return residual
+
+
+def _check_residual(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    check_dtype("residual", residual, x.dtype)
+    check_shape("residual", residual, *x.shape[:-1], weight.shape[0])
+    check_device("residual", residual, x.device)
+    check_last_dim_contiguous("residual", residual)
+
+
+def _check_backend(backend: str | None) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    return _matmul(x, weight, bias, activation, residual, backend)

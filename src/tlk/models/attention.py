@@ -54,8 +54,15 @@ class Attention(nn.Module):
         c = self.config
         return PagedKV(self.kv_heads, c.head_dim, c.v_head_dim, dtype, c.window, page_size)
 
-    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm, batch: Batch, kv: LayerKV) -> Tensor:
-        """`x` [T, hidden] plus attention of norm(x)."""
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm | LayerNorm,
+        batch: Batch,
+        kv: LayerKV,
+        in_place: bool = False,
+    ) -> Tensor:
+        """`x` [T, hidden] plus attention of norm(x); `in_place`: the sum may be written over `x`."""
         c = self.config
         q, k, v = self._heads(self.qkv(x, norm))
         q = self._cached(q, k, v, batch, kv)
@@ -73,7 +80,7 @@ class Attention(nn.Module):
             sinks=self.sinks,
             deterministic=self.deterministic,
         )
-        return self.out(y.flatten(1), residual=x)
+        return self.out(y.flatten(1), residual=x, in_place=in_place)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
         """Write the step's keys and values, and return its queries; both normalized and rotated."""

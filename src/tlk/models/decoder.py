@@ -48,10 +48,10 @@ class DecoderLayer(nn.Module):
         self.post_norm = norm(config.post_norm, hidden_size)
         self.mlp = MLPS[type(config.mlp)](config.mlp, hidden_size, format)
 
-    def forward(self, x: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
-        """The residual stream `x` [T, hidden] after this layer."""
-        x = self.attention(x, self.input_norm, batch, kv)
-        return self.mlp(x, self.post_norm)
+    def forward(self, x: Tensor, batch: Batch, kv: LayerKV, in_place: bool = False) -> Tensor:
+        """The residual stream `x` [T, hidden] after this layer; `in_place`: it may be written over `x`."""
+        x = self.attention(x, self.input_norm, batch, kv, in_place)
+        return self.mlp(x, self.post_norm, in_place=True)
 
 
 class Decoder(nn.Module):
@@ -109,8 +109,8 @@ class Decoder(nn.Module):
         if (ids is None) == (embeds is None):
             raise ValueError("give either ids or embeds, and not both")
         x = self.embedding(ids) if embeds is None else embeds
-        for layer, kv in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, batch, kv)
+        for i, (layer, kv) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x = layer(x, batch, kv, in_place=i > 0 or embeds is None)  # embeds are the caller's
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -135,7 +135,9 @@ def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
     for (name, mine), theirs in zip(linears(decoder).items(), linears(other).values(), strict=True):
         if not isinstance(mine.format, Dense):
             if deterministic and not mine.format.deterministic:
-                raise UnsupportedError(f"{name} is stored as {mine.format}, which is not deterministic")
+                raise UnsupportedError(
+                    f"{name} is stored as {mine.format}, which is not deterministic"
+                )
             theirs.store(mine.format, mine.packed())
     other.load_state_dict(decoder.state_dict(), strict=True, assign=True)
     return other.eval()

@@ -110,8 +110,12 @@ class Linear(nn.Module):
         norm: RMSNorm | LayerNorm | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """Multiply `x` [..., in_features]; `residual` [..., out_features] is added last."""
+        """Multiply `x` [..., in_features]; `residual` [..., out_features] is added last.
+
+        in_place: nobody reads `residual` again, so the result may be written over it.
+        """
         x, prologue = _before_linear(x, norm)
         if self.sums_ranks:
             y = parallel.all_reduce(self.format.linear(x, self.packed(), norm=prologue))
@@ -123,6 +127,7 @@ class Linear(nn.Module):
             bias=self.bias,
             activation=activation,
             residual=residual,
+            in_place=in_place,
         )
 
     def gated(self, x: Tensor, norm: RMSNorm | LayerNorm | None, activation: str) -> Tensor:

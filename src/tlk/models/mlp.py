@@ -22,9 +22,10 @@ class GatedMLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * size, bias=bias, format=format, split="out")
         self.down = Linear(size, hidden_size, bias=bias, format=format, split="in")
 
-    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
-        """`x` [T, hidden] plus the MLP of norm(x)."""
-        return self.down(self.gate_up.gated(x, norm, self.activation), residual=x)
+    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm, in_place: bool = False) -> Tensor:
+        """`x` [T, hidden] plus the MLP of norm(x); `in_place`: the sum may be written over `x`."""
+        y = self.gate_up.gated(x, norm, self.activation)
+        return self.down(y, residual=x, in_place=in_place)
 
 
 class MLP(nn.Module):
@@ -37,6 +38,7 @@ class MLP(nn.Module):
         self.up = Linear(hidden_size, size, bias=bias, format=format, split="out")
         self.down = Linear(size, hidden_size, bias=bias, format=format, split="in")
 
-    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
-        """`x` [T, hidden] plus the MLP of norm(x)."""
-        return self.down(self.up(x, norm, activation=self.activation), residual=x)
+    def forward(self, x: Tensor, norm: RMSNorm | LayerNorm, in_place: bool = False) -> Tensor:
+        """`x` [T, hidden] plus the MLP of norm(x); `in_place`: the sum may be written over `x`."""
+        y = self.up(x, norm, activation=self.activation)
+        return self.down(y, residual=x, in_place=in_place)

@@ -39,6 +39,7 @@ class WeightOnly:
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """act(norm(x) [..., k] · weightᵀ + bias) + residual [..., n]."""
         x, norm = prepare_input(x, packed, norm)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tlk.errors import UnsupportedError
 from tlk.kernels.gated_linear import gated_linear
-from tlk.kernels.matmul import matmul
+from tlk.kernels.matmul import matmul, matmul_add_
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.norm_linear import norm_linear
 
@@ -90,8 +90,12 @@ class Format(Protocol):
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """act(norm(x) [..., k] · weightᵀ + bias [n]) + residual [..., n], in as few kernels as it takes."""
+        """act(norm(x) [..., k] · weightᵀ + bias [n]) + residual [..., n], in as few kernels as it takes.
+
+        in_place: nobody reads `residual` again, so the result may be written over it.
+        """
         ...
 
     def gated_linear(
@@ -147,8 +151,11 @@ class Dense:
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         weight, backend = packed["weight"], self._backend
+        if norm is None and residual is not None and in_place:
+            return matmul_add_(residual, x, weight, bias, activation=activation, backend=backend)
         if norm is None:
             return matmul(
                 x, weight, bias, activation=activation, residual=residual, backend=backend
