@@ -22,8 +22,10 @@ from transformers import (
 
 import tlk
 from tests.models.zoo import tiny
+from tlk.hf import execution
 from tlk.hf.cache import PagedCache
-from tlk.kernels._op import count_ops
+from tlk.kernels import tuning
+from tlk.kernels._op import count_ops, kernels_on_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "nemotron"]
@@ -149,11 +151,11 @@ def test_it_runs_no_module_of_transformers(monkeypatch):
 
 # per layer: qkv and gate_up with their norm, output and down; one more for the logits
 LINEARS = {
-    "llama": {"norm_linear": 3, "matmul": 4, "gated_linear": 2},
-    "mistral": {"norm_linear": 3, "matmul": 4, "gated_linear": 2},
-    "qwen2": {"norm_linear": 3, "matmul": 4, "gated_linear": 2},
-    "qwen3": {"norm_linear": 3, "matmul": 4, "gated_linear": 2},
-    "nemotron": {"layer_norm": 5, "matmul": 9},
+    "llama": {"norm_linear": 3, "matmul_add_": 4, "gated_linear": 2},
+    "mistral": {"norm_linear": 3, "matmul_add_": 4, "gated_linear": 2},
+    "qwen2": {"norm_linear": 3, "matmul_add_": 4, "gated_linear": 2},
+    "qwen3": {"norm_linear": 3, "matmul_add_": 4, "gated_linear": 2},
+    "nemotron": {"layer_norm": 5, "matmul": 5, "matmul_add_": 4},
 }
 
 
@@ -761,3 +763,23 @@ def test_inference_mode_leaves_nothing_behind(ran):
         wide = torch.cat([mask, mask[:, -1:]], 1)
         model(ids[:, :1], attention_mask=wide, past_key_values=cache)
         close(model(ids).logits, original(ids).logits)
+
+
+@torch.no_grad()
+def test_the_report_says_where_configurations_came_from(monkeypatch):
+    """On a CPU no kernel runs and nothing is configured; here one asks as if it had run."""
+    model = tlk.optimize(fresh())
+    assert DEVICE == "cuda" or tlk.report(model).configs == {}
+    model = tlk.optimize(fresh())
+    run = execution._compute
+
+    def compute(*args):
+        with kernels_on_cpu():
+            for op in ("norm_linear", "matmul"):
+                tuning.lookup(op, 0, torch.device("cpu"), torch.bfloat16, (8, 8), 1)
+        return run(*args)
+
+    monkeypatch.setattr(execution, "_compute", compute)
+    report = tlk.report(model)
+    assert report.configs["matmul"] == report.configs["norm_linear"] == ["heuristic"]
+    assert "configurations of matmul: heuristic" in str(report)

@@ -1,5 +1,6 @@
 """`optimize`, `restore` and `report`: put a transformers model on tlk's kernels, and see what ran."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -88,7 +89,8 @@ class Report:
     """What ran, as counted while it ran.
 
     ops: tlk's ops in one prefill and one decode forward, "name[what ran it]" to how often; what ran
-    it is "triton", a library such as "cublas", or "reference" (plain PyTorch, on a CPU).
+    it is "triton", a library such as "cublas", or "reference" (plain PyTorch, on a CPU). configs: of
+    those ops that are tuned, where their configurations came from; a heuristic has not been measured.
     forwards, generates: how often each path ran so far; of the runtime, its steps and its calls.
     reasons: why transformers' own code ran. loops: why transformers' loop ran over tlk's forward and
     not the runtime. runtime: counts of its engine and the bytes of its pool; empty without one.
@@ -105,6 +107,7 @@ class Report:
     reasons: dict[str, int] = field(default_factory=dict)
     loops: dict[str, int] = field(default_factory=dict)
     runtime: dict[str, int] = field(default_factory=dict)
+    configs: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries, for JSON."""
@@ -117,6 +120,8 @@ class Report:
         for kind, ops in self.ops.items():
             lines.append(f"  one {kind} forward: {sum(ops.values())} tlk ops")
             lines += [f"    {count:5d} × {name}" for name, count in sorted(ops.items())]
+        for op, sources in self.configs.items():
+            lines.append(f"  configurations of {op}: {', '.join(sources)}")
         for what, counts in (("forward", self.forwards), ("generate", self.generates)):
             lines += [f"  {what} calls on {path}: {n}" for path, n in sorted(counts.items())]
         if self.runtime:
@@ -155,7 +160,15 @@ def report(model: nn.Module) -> Report:
         reasons=dict(state.reasons),
         loops=dict(state.loops),
         runtime=state.runtime.stats() if state.runtime else {},
+        configs=_by_op(state.configs),
     )
+
+
+def _by_op(sources: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for op, source in sorted(sources):
+        found.setdefault(op, []).append(source)
+    return found
 
 
 def _probe(model: Any, state: Execution) -> None:

@@ -67,7 +67,8 @@ def _gated_linear(key: Key) -> Call:
 
 def _weight(new: Inputs, n: int, k: int) -> Tensor:
     """Random as a model's: outputs of the size of the inputs."""
-    return new.randn(n, k).mul_(k**-0.5)
+    weight = new.randn(n, k)
+    return weight if new.empty else weight.mul_(k**-0.5)  # gigabytes that nobody will read
 
 
 @dataclass(frozen=True, slots=True)

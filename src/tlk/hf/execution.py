@@ -25,6 +25,7 @@ from tlk.hf.cache import PagedCache
 from tlk.hf.call import Call, Inexpressible, flatten
 from tlk.hf.generate import Limits, NeedsLoop, Runtime, Wanted, laid_out, plan
 from tlk.kernels._op import count_ops
+from tlk.kernels.tuning import Source, consulted
 
 # the tiers of generate
 RUNTIME, LOOP, ORIGINAL = "tlk's runtime", "transformers' loop over tlk's forward", "original"
@@ -63,6 +64,7 @@ class Execution:
         self.reasons: Counter[str] = Counter()  # why the original forward ran
         self.loops: Counter[str] = Counter()  # why transformers' loop ran, not the runtime
         self.ops: dict[str, Counter[str]] = {}  # of the first prefill and the first decode forward
+        self.configs: set[tuple[str, Source]] = set()  # where theirs came from
 
     def bind(self, model: nn.Module) -> Binding:
         """The decoder on the current weights of `model`; raises UnsupportedError if it has none."""
@@ -319,10 +321,12 @@ def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
             windowed=binding.windowed,
         )  # fmt: skip
         kind = "decode" if call.batch.max_q == 1 and cache.length else "prefill"
-        with nullcontext() if kind in state.ops else count_ops() as counts:
+        counting = nullcontext() if kind in state.ops else count_ops()
+        with counting as counts, consulted() as sources:
             rows = _compute(binding, call, cache)
         if counts is not None:
             state.ops[kind] = counts
+            state.configs |= sources
         cache.advance(call.new, call.batch.max_q)
     state.forwards["tlk"] += 1
     if torch.is_grad_enabled() and (weight := _needs_grad(model, embeds)) is not None:
