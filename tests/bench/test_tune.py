@@ -245,7 +245,8 @@ def test_a_wrong_result_never_wins(monkeypatch):
 
 @pytest.mark.parametrize("op", TUNABLE)
 @pytest.mark.parametrize("running", [1, 5, 20])
-def test_every_op_is_called_as_its_layers_do(op, running, monkeypatch):
+@pytest.mark.parametrize("layer", [LAYER, Projection(64, 128, residual=True)])
+def test_every_op_is_called_as_its_layers_do(op, running, layer, monkeypatch):
     """The default and the library pass the check against the reference, on a CPU's interpreter."""
     monkeypatch.setattr(
         tune_time, "time_calls", lambda calls, *_: Spread(len(calls), len(calls), len(calls), 1)
@@ -253,7 +254,7 @@ def test_every_op_is_called_as_its_layers_do(op, running, monkeypatch):
     monkeypatch.setattr(tune_time, "copies", lambda nbytes: 3)
     default = TUNABLE[op].default(90, 8, BF16, (64, 128), running)
     with interpret(sm=90):
-        found = verdict(key(op, running), [], default, CPU)
+        found = verdict(key(op, running, layer=layer), [], default, CPU)
     assert not found.wrong and found.best.us == pytest.approx(3e6)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tlk.bench.case import Inputs
 from tlk.bench.tune_keys import Key, Projection
 from tlk.kernels.gated_linear import gated_linear, gated_linear_reference
-from tlk.kernels.matmul import CUBLAS, matmul, matmul_reference
+from tlk.kernels.matmul import CUBLAS, matmul, matmul_add_, matmul_reference
 from tlk.kernels.norm_linear import UNFUSED, norm_linear, norm_linear_reference
 from tlk.kernels.tuning import Config
 
@@ -20,7 +20,8 @@ EPS = 1e-5
 class Call:
     """`run(*inputs(Inputs(...)))` executes the op once, `reference` in float32 on the same inputs.
 
-    library: the configuration that leaves the work to a library, measured beside the others.
+    `run` may write over its inputs, as a model would. library: the configuration that leaves the
+    work to a library, measured beside the others.
     """
 
     inputs: Callable[[Inputs], tuple[Any, ...]]
@@ -36,12 +37,13 @@ def _matmul(key: Key) -> Call:
         residual = new.randn(key.running, n) if key.layer.residual else None
         return new.randn(key.running, k), _weight(new, n, k), residual
 
-    return Call(
-        inputs,
-        lambda x, weight, residual: matmul(x, weight, residual=residual),
-        lambda x, weight, residual: matmul_reference(x, weight, residual=residual),
-        CUBLAS,
-    )
+    def run(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        return matmul(x, weight) if residual is None else matmul_add_(residual, x, weight)
+
+    def reference(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        return matmul_reference(x, weight, residual=residual)
+
+    return Call(inputs, run, reference, CUBLAS)
 
 
 def _norm_linear(key: Key) -> Call:

@@ -72,7 +72,7 @@ def verdict(
     for config in configs:
         with tuning.forced(key.op, config):
             try:
-                actual = call.run(*inputs[0])
+                actual = call.run(*_copied(inputs[0]))
             except OutOfResources:  # of a GPU with less than others of its SM
                 continue
         (right if _equal(actual, exact, ERRORS[key.dtype]) else wrong).append(config)
@@ -114,6 +114,10 @@ def _inputs(call: Call, key: Key, device: torch.device) -> list[tuple[Any, ...]]
     first = call.inputs(new)
     nbytes = sum(t.nbytes for t in first if isinstance(t, Tensor))
     return [first, *(call.inputs(new) for _ in range(copies(nbytes) - 1))]
+
+
+def _copied(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors)
 
 
 def _equal(actual: Tensor, exact: Tensor, error: float) -> bool:
