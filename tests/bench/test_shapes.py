@@ -6,7 +6,13 @@ from tlk.hf.hub import complete_config
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES
 
-PARAMETERS = {"llama-3.1-8b": 8.03e9, "llama-3.2-1b": 1.236e9, "qwen3-0.6b": 0.596e9, "tiny": 1.7e6}
+PARAMETERS = {
+    "llama-3.1-8b": 8.03e9,
+    "llama-3.1-70b": 70.55e9,
+    "llama-3.2-1b": 1.236e9,
+    "qwen3-0.6b": 0.596e9,
+    "tiny": 1.7e6,
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
