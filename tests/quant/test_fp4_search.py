@@ -50,5 +50,5 @@ def test_scales_are_those_of_the_formats():
     assert small.dtype == torch.float8_e4m3fn and (each == 0.01).all() and each.shape == (40, 1)
     assert (small.float() > 0).all() and small.float().isfinite().all()
     assert (nv(w)[3] == 0).all() and (mx(w)[3] == 0).all()
-    huge = NVFP4().encode(*((w * 1e4,) + nv_scales(w * 1e4, global_scale=torch.tensor(0.01))))
+    huge = NVFP4().encode(w * 1e4, *nv_scales(w * 1e4, global_scale=torch.tensor(0.01)))
     assert NVFP4().dequantize(huge).isfinite().all()

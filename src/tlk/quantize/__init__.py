@@ -1,0 +1,1 @@
+"""Quantize a model: from what a user asks for, through calibration, to a checkpoint of a standard format."""
