@@ -56,7 +56,7 @@ def encode(x, scale, dtype: tl.constexpr):
         stored = x.to(dtype)
     else:
         largest: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-        x = tl.math.div_rn(x, tl.zeros_like(x) + scale)
+        x = tl.math.div_rn(x, scale)
         x = tl.clamp(x, -largest, largest)
         if dtype == tl.int8:
             stored = libdevice.rint(x).to(tl.int8)

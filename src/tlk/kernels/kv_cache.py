@@ -45,27 +45,27 @@ def _nothing(*_: object) -> None:
 
 
 @triton.jit
-def head_scale(scale_ptr, heads, mask):
-    """The scales of `heads`, 1 where there are none."""
+def head_scale(scale_ptr, first, some, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    """The scales of heads `first` onwards, [BLOCK_HEADS, 1], if `some`; 1 where there are none."""
     scale = 1.0
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + heads, mask, other=1.0)
+        heads = first + tl.arange(0, BLOCK_HEADS)
+        scale = tl.load(scale_ptr + heads, (heads < HEADS) & some, other=1.0)[:, None]
     return scale
 
 
 @triton.jit
 def write_heads(
-    new_ptr, cache_ptr, scale_ptr, token, slot, first, stride_t, stride_h, stride_page,
+    new_ptr, cache_ptr, scale, token, slot, first, stride_t, stride_h, stride_page,
     HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write heads `first` onwards of a token to its slot, BLOCK_HEADS of them."""
+    """Write heads `first` onwards of a token, BLOCK_HEADS of them, to its slot as `encode` says."""
     heads = (first + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (heads < HEADS) & (cols < D)
     new = tl.load(new_ptr + token * stride_t + heads * stride_h + cols, mask, other=0.0)
     cache_ptr += slot // PAGE * stride_page + (heads * PAGE + slot % PAGE) * D
-    scale = head_scale(scale_ptr, heads, heads < HEADS)
     tl.store(cache_ptr + cols, encode(new.to(tl.float32), scale, cache_ptr.dtype.element_ty), mask)
 
 
@@ -82,14 +82,17 @@ def _write_kv_kernel(
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
         block = tl.program_id(1)
+        first = block // 2 * BLOCK_HEADS
         if block % 2 == 0:
+            scale = head_scale(k_scale_ptr, first, True, HEADS, BLOCK_HEADS)
             write_heads(
-                k_ptr, k_cache_ptr, k_scale_ptr, token, slot, block // 2 * BLOCK_HEADS,
+                k_ptr, k_cache_ptr, scale, token, slot, first,
                 k_stride_t, k_stride_h, k_stride_page, HEADS, PAGE, DK, BLOCK_HEADS, BLOCK_DK,
             )  # fmt: skip
         else:
+            scale = head_scale(v_scale_ptr, first, True, HEADS, BLOCK_HEADS)
             write_heads(
-                v_ptr, v_cache_ptr, v_scale_ptr, token, slot, block // 2 * BLOCK_HEADS,
+                v_ptr, v_cache_ptr, scale, token, slot, first,
                 v_stride_t, v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
             )  # fmt: skip
 

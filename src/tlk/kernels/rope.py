@@ -132,13 +132,19 @@ def _rope_and_write_kv_kernel(
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     wait_for_previous(PDL)
-    if block >= q_blocks + kv_blocks:
+    values = block >= q_blocks + kv_blocks
+    # of keys or of values, in one place: loads of a number a head are not cheap
+    scale_ptr = k_scale_ptr
+    if k_scale_ptr is not None:
+        scale_ptr = tl.where(values, v_scale_ptr, k_scale_ptr)
+    kv_block = tl.where(values, block - q_blocks - kv_blocks, block - q_blocks)
+    scale = head_scale(scale_ptr, kv_block * BLOCK_HEADS, block >= q_blocks, HEADS, BLOCK_HEADS)
+    if values:
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
             write_heads(
-                v_ptr, v_cache_ptr, v_scale_ptr, token, slot,
-                (block - q_blocks - kv_blocks) * BLOCK_HEADS,
-                v_stride_t, v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
+                v_ptr, v_cache_ptr, scale, token, slot, kv_block * BLOCK_HEADS, v_stride_t,
+                v_stride_h, v_stride_page, HEADS, PAGE, DV, BLOCK_HEADS, BLOCK_DV,
             )  # fmt: skip
     else:
         row = tl.load(positions_ptr + token).to(tl.int64)
@@ -154,7 +160,6 @@ def _rope_and_write_kv_kernel(
             slot = tl.load(slots_ptr + token)
             at = token * k_stride_t + head * k_stride_h
             to = slot // PAGE * k_stride_page + (head * PAGE + slot % PAGE) * D
-            scale = head_scale(k_scale_ptr, head, head < HEADS)
             _turn(
                 k_ptr + at, k_cache_ptr + to, scale, head < HEADS, (head < HEADS) & (slot >= 0), cos_ptr,
                 sin_ptr, row, k_norm_ptr, eps, weight_offset, False, INTERLEAVED, HALF, D,
