@@ -7,6 +7,7 @@ from tests.interpreter import interpret
 from tlk.bench import tune, tune_keys, tune_prune, tune_time
 from tlk.bench.timing import Spread
 from tlk.bench.tune import Options
+from tlk.bench.tune_call import Call
 from tlk.bench.tune_calls import CALLS
 from tlk.bench.tune_keys import PARTS, Key, Projection, projections
 from tlk.bench.tune_prune import Trial, compiled, spelled
@@ -82,7 +83,7 @@ def test_keys_are_few_tokens_first_and_heads_see_few():
 
 def test_a_layer_before_a_residual_is_the_one_measured():
     layers = [Projection(64, 64, norm=True), Projection(64, 64, residual=True)]
-    (only,) = tune_keys.keys(["matmul"], layers, BF16, [1], lambda op: CALLS[op].dims)
+    (only,) = tune_keys.keys(["matmul"], layers, [1], Options()._shape)
     assert only.layer.residual
     x, weight, residual = CALLS["matmul"].make(only).inputs(tune_time.Inputs("cpu", BF16))
     assert (x.shape, weight.shape, residual.shape) == ((1, 64), (64, 64), (1, 64))
@@ -231,7 +232,7 @@ def test_a_wrong_result_never_wins(monkeypatch):
             forced = tuning.lookup("matmul", 2, CPU, BF16, (64, 128), 1)
             return y * 1.1 if forced.get("meta", {}).get("BLOCK_N") == bad["BLOCK_N"] else y
 
-        return tune_time.Call(call.inputs, run, call.reference, call.library)
+        return Call(call.inputs, run, call.reference, call.library)
 
     monkeypatch.setitem(CALLS, "matmul", type(calls)(calls.dims, make))
     wrong = config("fma", BLOCK_M=1, BLOCK_N=2, BLOCK_K=64, num_warps=4)
@@ -256,6 +257,40 @@ def test_every_op_is_called_as_its_layers_do(op, running, layer, monkeypatch):
     with interpret(sm=90):
         found = verdict(key(op, running, layer=layer), [], default, CPU)
     assert not found.wrong and found.best.us == pytest.approx(3e6)
+
+
+WIDE = (
+    Projection(256, 256, norm=True),
+    Projection(256, 256, residual=True),
+    Projection(256, 256, norm=True, gated=True),
+)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_calls_give_what_their_references_say(op):
+    """As PyTorch's own ops on a CPU; and compiling them needs the same shapes, of empty tensors."""
+    for layer in WIDE:
+        if (dims := CALLS[op].dims(layer)) is None:
+            continue
+        call = CALLS[op].make(Key(op, CALLS[op].dtype or BF16, dims, 5, layer))
+        inputs = call.inputs(tune_time.Inputs("cpu", BF16))
+        empty = call.inputs(tune_time.Inputs("cpu", BF16, empty=True))
+        assert [t is None or (t.shape, t.dtype) for t in inputs] == [
+            t is None or (t.shape, t.dtype) for t in empty
+        ]
+        expected = call.reference(*tune_time._copied(inputs))
+        actual = call.run(*inputs)
+        assert actual.dtype == BF16 and tune_time._equal(actual, expected, 2**-6)
+    assert op.startswith(("norm", "gated")) or CALLS[op].dims(WIDE[1]) is not None
+
+
+def test_dims_of_quantized_weights_tell_their_groups():
+    layer = Projection(256, 512)
+    assert CALLS["dequant_mm.int4"].dims(layer) == (256, 512, 128)
+    assert CALLS["dequant_mm.int8"].dims(layer) == (256, 512, 512)
+    assert CALLS["dequant_mm.nv4"].dims(layer) == (256, 512, 16)
+    assert CALLS["scaled_mm.fp8"].dims(layer) == (256, 512)
+    assert CALLS["dequant_mm.int4"].dims(Projection(256, 96)) is None  # no whole groups
 
 
 @pytest.fixture

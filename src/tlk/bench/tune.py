@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from tlk.bench.shapes import SHAPES
 from tlk.bench.tune_calls import CALLS
-from tlk.bench.tune_keys import PARTS, RUNNING, Key, keys, projections
+from tlk.bench.tune_keys import PARTS, RUNNING, Key, Projection, keys, projections
 from tlk.bench.tune_prune import Trial, compiled, distinct
 from tlk.bench.tune_time import Verdict, verdict
 from tlk.errors import UnsupportedError
@@ -68,7 +68,11 @@ class Options:
     def wanted(self) -> list[Key]:
         """What is to be measured, few tokens first."""
         layers = [layer for model in self.shapes for layer in projections(model)]
-        return keys(self.ops, layers, DTYPES[self.dtype], self.tokens, lambda op: CALLS[op].dims)
+        return keys(self.ops, layers, self.tokens, self._shape)
+
+    def _shape(self, op: str, layer: Projection) -> tuple[torch.dtype, tuple[int, ...]] | None:
+        dims = CALLS[op].dims(layer)
+        return None if dims is None else (CALLS[op].dtype or DTYPES[self.dtype], dims)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -104,11 +104,10 @@ def _layers(decoder: Decoder) -> Iterator[Projection]:
 def keys(
     ops: Iterable[str],
     layers: Iterable[Projection],
-    dtype: torch.dtype,
     running: Iterable[int],
-    dims: Callable[[str], Callable[[Projection], tuple[int, ...] | None]],
+    shape: Callable[[str, Projection], tuple[torch.dtype, tuple[int, ...]] | None],
 ) -> list[Key]:
-    """The distinct keys, few tokens first; `dims(op)` gives those for a layer, or None.
+    """The distinct keys, few tokens first; `shape(op, layer)` gives dtype and dims, or None.
 
     Of two layers with the same dims, the one before a residual is measured: reading that counts.
     """
@@ -117,8 +116,8 @@ def keys(
     for tokens in sorted(set(running)):
         for op in ops:
             for layer in layers:
-                if (shape := dims(op)(layer)) is None or (layer.head and tokens > MOST_LOGITS):
-                    continue
-                key = Key(op, dtype, shape, tokens, layer)
-                found.setdefault((op, *key.entry), key)
+                at = None if layer.head and tokens > MOST_LOGITS else shape(op, layer)
+                if at is not None:
+                    key = Key(op, *at, tokens, layer)
+                    found.setdefault((op, *key.entry), key)
     return list(found.values())

@@ -17,7 +17,8 @@ from triton.runtime.errors import OutOfResources
 
 from tlk.bench.case import Inputs
 from tlk.bench.timing import Spread, copies, time_calls
-from tlk.bench.tune_calls import CALLS, Call
+from tlk.bench.tune_call import Call
+from tlk.bench.tune_calls import CALLS
 from tlk.bench.tune_keys import Key
 from tlk.bench.tune_prune import distinct
 from tlk.kernels import tuning
@@ -75,7 +76,7 @@ def verdict(
                 actual = call.run(*_copied(inputs[0]))
             except OutOfResources:  # of a GPU with less than others of its SM
                 continue
-        (right if _equal(actual, exact, ERRORS[key.dtype]) else wrong).append(config)
+        (right if _equal(actual, exact, ERRORS[exact.dtype]) else wrong).append(config)
         del actual
     if default not in right:
         raise RuntimeError(f"{key}: the heuristic's {dict(default)} does not run, or wrongly")
@@ -113,7 +114,7 @@ def _inputs(call: Call, key: Key, device: torch.device) -> list[tuple[Any, ...]]
     new = Inputs(str(device), key.dtype)
     first = call.inputs(new)
     nbytes = sum(t.nbytes for t in first if isinstance(t, Tensor))
-    return [first, *(call.inputs(new) for _ in range(copies(nbytes) - 1))]
+    return [first, *(_copied(first) for _ in range(copies(nbytes) - 1))]
 
 
 def _copied(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
