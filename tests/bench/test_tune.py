@@ -12,6 +12,7 @@ from tlk.bench.tune_calls import CALLS
 from tlk.bench.tune_keys import PARTS, Key, Projection, projections
 from tlk.bench.tune_prune import Trial, compiled, spelled
 from tlk.bench.tune_time import Timed, verdict, winner
+from tlk.cli import main
 from tlk.errors import UnsupportedError
 from tlk.kernels import tuning
 from tlk.kernels.aot import GPUS
@@ -385,3 +386,57 @@ def test_options_say_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             Options(**wrong)
+
+
+def test_the_command_hands_on_its_flags(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(tune, "_gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "tune", lambda options, device: seen.append(options) or [])
+    assert main(["tune"]) == 0 and seen.pop() == Options()
+    flags = (
+        "--shapes tiny qwen3-0.6b --dtype float16 --tokens 1 8 --table --again --budget 5 --jobs 3"
+    )
+    assert main(["tune", "matmul", "norm_linear", *flags.split()]) == 0
+    assert seen.pop() == Options(
+        ops=("matmul", "norm_linear"),
+        shapes=("tiny", "qwen3-0.6b"),
+        dtype="float16",
+        tokens=(1, 8),
+        table=True,
+        again=True,
+        budget=5.0,
+        jobs=3,
+    )
+    assert main(["tune", "nix"]) == 2
+    assert capsys.readouterr().err.startswith("tlk: ops must be of matmul, ")
+
+
+def test_a_wrong_result_fails_the_command(monkeypatch, capsys):
+    default = Timed(GEMV, 1.0, 0.0)
+    found = tune_time.Verdict(key(), default, default, None, [FMA])
+    monkeypatch.setattr(tune, "_gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "tune", lambda options, device: [found])
+    assert main(["tune"]) == 1
+    said = "wrong result: matmul 64×128 bfloat16 M1: fma BLOCK_M=1 BLOCK_N=4"
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_there_is_nothing_to_time(capsys):
+    assert main(["tune"]) == 1
+    assert "--sm N compiles candidates without one" in capsys.readouterr().err
+
+
+def test_the_gate_says_what_is_left_of_each_key(monkeypatch, capsys):
+    def compiled(trials, arch, jobs):
+        assert (arch, jobs) == (89, 2)
+        yield [Trial(t.key, t.config, None if t.config == CUBLAS else "bad") for t in trials]
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    assert (
+        main(["tune", "matmul", "--sm", "89", "--shapes", "tiny", "--tokens", "64", "--jobs", "2"])
+        == 0
+    )
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("matmul 256×256 bfloat16 M64: 1 of ")
+    assert last.endswith("× bad")
