@@ -137,8 +137,8 @@ LAYERS = ("N6144-K4096", "N4096-K4096", "N28672-K4096", "N4096-K14336")
 ATTENTION = ("flashinfer fa3", "torch cudnn", "torch flash")
 
 
-def _layer(m: int, suffix: str = "") -> tuple[str, ...]:
-    return tuple(f"M{m}-{layer}{suffix}" for layer in LAYERS)
+def _layer(m: int, suffix: str = "", prefix: str = "") -> tuple[str, ...]:
+    return tuple(f"{prefix}M{m}-{layer}{suffix}" for layer in LAYERS)
 
 
 def _peer(value: float) -> Target:
@@ -195,6 +195,21 @@ def _linears() -> Iterable[Goal]:
         )
 
 
+def _quantized() -> Iterable[Goal]:
+    """Of what a variant's rows took: M, must, stretch and the best peer, in sum."""
+    few, many, bnb = ("tinygemm", "gemlite"), ("cublas bf16", "gemlite"), ("bitsandbytes",)
+    for variant, m, peers, must, stretch, peer_us in (
+        ("int4", 1, few, 49, 34, 69), ("int4", 16, few, 80, 45, 183),
+        ("int4", 64, many, 115, 70, 130), ("int4", 256, many, 220, 190, 202),
+        ("nf4", 1, bnb, 56, 45, 112), ("nf4", 16, bnb, 100, 55, 368),
+        ("fp8", 1, ("_scaled_mm",), 76, 60, 113), ("int8", 1, ("_scaled_mm",), 76, 60, 113),
+    ):  # fmt: skip
+        yield Goal(
+            f"{variant} weights, linears M={m}", "dequant_mm", _layer(m, prefix=f"{variant}-"),
+            peers, _us(must), _us(stretch), peer_us,
+        )  # fmt: skip
+
+
 def _products() -> Iterable[Goal]:
     yield Goal(
         "fp8 linears M=16", "scaled_mm", _layer(16, "-fp8"), ("_scaled_mm",), _us(76), _us(60), 101
@@ -211,5 +226,5 @@ def _products() -> Iterable[Goal]:
 
 GOALS: tuple[Goal, ...] = (
     *(*_attention(), *_decode(), *_rows(), *_sampling()),
-    *(*_linears(), *_products()),
+    *(*_linears(), *_quantized(), *_products()),
 )

@@ -1,72 +1,44 @@
 """The layouts in which other packages want the weights: each fake undoes its own, as its package does."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from tests.bench.kernel_peers.packages import install
-from tlk.bench.case import Case
+from tlk.bench.case import Case, Inputs
+from tlk.bench.cases.dequant_mm import _case
 from tlk.bench.kernel_peers import quantized_peers as peers
-from tlk.bench.kernels import difference
+from tlk.bench.kernels import difference, seeded
 from tlk.errors import UnsupportedError
-from tlk.kernels.dequant_mm import dequant_mm
 from tlk.kernels.scaled_mm import scaled_mm
 
 M, N, K = 3, 64, 256
-TABLE = torch.linspace(-1, 1, 16)[None]
+BF16 = Inputs("cpu", torch.bfloat16)
 
 
-def linear(kind, group, **options):
-    return Case(
-        "dequant_mm", "s", tuple, partial(dequant_mm, kind=kind, group_size=group, **options), len, len
-    )  # fmt: skip
-
-
-def int4(group=64, zeros=True):
-    zero = torch.randint(0, 16, (N, K // group), dtype=torch.uint8) if zeros else None
-    return (
-        torch.randn(M, K, dtype=torch.bfloat16),
-        torch.randint(0, 256, (N, K // 2), dtype=torch.uint8),
-        torch.rand(N, K // group, dtype=torch.bfloat16) * 0.1,
-        zero,
-    )
-
-
-def table4(group=64):
-    x, weight, scale, _ = int4(group)
-    return x, weight, scale.float(), None, TABLE
-
-
-def eight(dtype):
-    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
-    if dtype != torch.int8:
-        weight = torch.randn(N, K).to(dtype)
-    scale = torch.rand(N, 1, dtype=torch.bfloat16 if dtype == torch.int8 else torch.float32) * 0.1
-    return torch.randn(M, K, dtype=torch.bfloat16), weight, scale
+def linear(variant, **options):
+    return _case(variant, M, N, K, **options)
 
 
 def peer(name, of=peers.DEQUANT_MM):
     return next(p for p in of if p.name == name)
 
 
-def agrees(name, case, inputs, tolerance=0.01):
-    x, weight, scale, *rest = inputs
-    zero, table = (*rest, None, None)[:2]
-    expected = case.run(x, weight, scale, zero, table=table)
-    assert difference(peer(name).prepare(case, inputs)(), expected) < tolerance
+def agrees(name, variant, tolerance=0.01):
+    case = linear(variant)
+    result = peer(name).prepare(case, seeded(case, BF16, 0))()
+    assert difference(result, case.reference(*seeded(case, BF16, 0))) < tolerance
 
 
-@pytest.mark.parametrize("zeros", [True, False])
-def test_cublas(zeros):
-    agrees("cublas bf16", linear("int4", 64), int4(zeros=zeros))
-    agrees("cublas bf16", linear("table4", 64), table4())
-    agrees("cublas bf16", linear("int8", K), eight(torch.int8))
-    agrees("cublas bf16", linear("fp8", K), eight(torch.float8_e4m3fn))
+@pytest.mark.parametrize(
+    "variant",
+    ["int4", "int4-asymmetric", "int4-channel", "nf4", "mx4", "nv4", "int8", "fp8", "fp8-block"],
+)
+def test_cublas(variant):
+    agrees("cublas bf16", variant)
 
 
-@pytest.mark.parametrize("zeros", [True, False])
-def test_tinygemm(monkeypatch, zeros):
+@pytest.mark.parametrize("variant", ["int4", "int4-g32", "int4-asymmetric"])
+def test_tinygemm(monkeypatch, variant):
     """ATen's CUDA op takes bytes of an even code (high) and the odd one after it; its CPU op, codes."""
 
     def convert(packed, inner):
@@ -79,7 +51,7 @@ def test_tinygemm(monkeypatch, zeros):
         ("_weight_int4pack_mm", torch.ops.aten._weight_int4pack_mm_for_cpu),
     ):
         monkeypatch.setattr(torch.ops.aten, name, op)
-    agrees("tinygemm", linear("int4", 64), int4(zeros=zeros))
+    agrees("tinygemm", variant)
 
 
 class Gemlite:
@@ -97,13 +69,13 @@ class Gemlite:
         return lambda x: x @ w.t()
 
 
-def test_gemlite(monkeypatch):
-    int_n = lambda **where: SimpleInts(Gemlite(**where))  # noqa: E731
-    install(monkeypatch, "gemlite.helper", A16Wn=int_n, A16W8=Gemlite)
-    for zeros in (True, False):
-        agrees("gemlite", linear("int4", 64), int4(zeros=zeros))
-    agrees("gemlite", linear("int8", K), eight(torch.int8))
-    agrees("gemlite", linear("fp8", K), eight(torch.float8_e4m3fn))
+@pytest.mark.parametrize("variant", ["int4", "int4-asymmetric", "int4-channel", "int8", "fp8"])
+def test_gemlite(monkeypatch, variant):
+    def codes(**where):
+        return SimpleInts(Gemlite(**where))
+
+    install(monkeypatch, "gemlite.helper", A16Wn=codes, A16W8=Gemlite)
+    agrees("gemlite", variant)
 
 
 class SimpleInts:
@@ -132,7 +104,7 @@ def test_bitsandbytes(monkeypatch):
     install(monkeypatch, "bitsandbytes.functional", QuantState=QuantState)
     install(monkeypatch, "bitsandbytes", matmul_4bit=matmul_4bit)
     install(monkeypatch, "bitsandbytes.functional", QuantState=QuantState)
-    agrees("bitsandbytes", linear("table4", 64), table4())
+    agrees("bitsandbytes", "nf4")
 
 
 def product(x, weight, x_scale, scale, *, out_dtype, use_fast_accum):
@@ -143,24 +115,28 @@ def product(x, weight, x_scale, scale, *, out_dtype, use_fast_accum):
 
 def test_scaled_mm_on_quantized_activations(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    for kind, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        agrees("_scaled_mm", linear(kind, K), eight(dtype), tolerance=0.08)
+    for variant in ("int8", "fp8"):
+        agrees("_scaled_mm", variant, tolerance=0.08)
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "inputs", "why"),
+    ("name", "case", "why"),
     [
-        ("tinygemm", linear("table4", 64), table4(), "int4 in groups"),
-        ("gemlite", linear("table4", 64), table4(), "int4, int8 and fp8"),
-        ("bitsandbytes", linear("int4", 64), int4(), "NF4"),
-        ("_scaled_mm", linear("int4", 64), int4(), "8 bits"),
-        ("cublas bf16", linear("int4", 64, gated=True, activation="silu"), int4(), "plain linear"),
-        ("cublas bf16", linear("int4", 64), (*int4(), torch.zeros(N)), "plain linear"),
+        ("tinygemm", linear("nf4"), "int4 in groups"),
+        ("gemlite", linear("nf4"), "int4, int8 and fp8"),
+        ("gemlite", linear("fp8-block"), "a scale for each row"),
+        ("gemlite", linear("int8-asymmetric"), "a scale for each row"),
+        ("bitsandbytes", linear("int4"), "NF4"),
+        ("_scaled_mm", linear("int4"), "8 bits"),
+        ("cublas bf16", linear("int4", gated=True, activation="silu"), "plain linear"),
+        ("cublas bf16", linear("int4", extras="bias"), "plain linear"),
+        ("cublas bf16", linear("int4", extras="norm"), "plain linear"),
+        ("cublas bf16", linear("nf4-nested"), "not quantized again"),
     ],
 )
-def test_what_they_have_not(name, case, inputs, why):
+def test_what_they_have_not(name, case, why):
     with pytest.raises(UnsupportedError, match=why):
-        peer(name).prepare(case, inputs)
+        peer(name).prepare(case, seeded(case, BF16, 0))
 
 
 def operands(dtype):

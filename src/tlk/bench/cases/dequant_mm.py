@@ -10,6 +10,7 @@ from torch import Tensor
 from tlk.bench.case import Case, Inputs
 from tlk.kernels.dequant_mm import dequant_mm, dequant_mm_reference
 from tlk.kernels.dequantize import dequantize, dequantize_reference
+from tlk.quant.table4 import NF4
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
 HALVES = (torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def weight(new: Inputs, variant: str, n: int, k: int) -> list[Any]:
     if asymmetric:
         zero = new.randint(0, 16, *groups, dtype=torch.int8 if kind == "int8" else torch.uint8)
     if kind == "table4":
-        table = new.randn(1, 16, dtype=torch.float32)
+        table = NF4.table(new.device)
         scale = scale.float()
         if variant.endswith("nested"):
             scale = new.randint(0, 256, *groups, dtype=torch.uint8)
@@ -172,7 +173,7 @@ def _dequantize_case(variant: str, n: int, k: int) -> Case:
     )
 
 
-CASES = (
+NAMED = (
     *(
         _case(v, m, n, k)
         for v in ("int4", "int8", "nf4", "fp8")
@@ -191,3 +192,4 @@ CASES = (
     *(_case(v, 9, 1024, 2048, dtypes=FLOATS) for v in ("int4", "int8-asymmetric", "nf4-nested")),
     *(_dequantize_case(v, 6144, 4096) for v in VARIANTS),
 )
+CASES = tuple({str(case): case for case in NAMED}.values())  # each shape once

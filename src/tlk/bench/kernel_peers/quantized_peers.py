@@ -24,7 +24,7 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """The tensors of a case of `dequant_mm`: `x`, `weight` and `scale`, then what its kind has."""
+    """The tensors of a case of `dequant_mm` that has no more than a product."""
 
     x: Tensor
     weight: Tensor
@@ -37,20 +37,14 @@ class Linear:
 
     @classmethod
     def of(cls, case: Case, inputs: tuple[Any, ...]) -> "Linear":
-        """UnsupportedError for a case with an epilogue or a prologue, which peers have not."""
-        options = options_of(case)
-        kind, group = options["kind"], options["group_size"]
-        x, weight, scale, *rest = inputs
-        more = [t for t in rest if isinstance(t, Tensor)]
-        zero = [t for t in more if t.shape == scale.shape and t.dtype in (torch.uint8, torch.int8)]
-        table = [t for t in more if t.shape == (1, 16)]
-        whole = [t for t in more if t.shape == (len(weight), 1) and t.dtype == torch.float32]
-        known = zero[:1] + table[:1] + (whole[:1] if kind == "nv4" else [])
-        extra = ("gated", "activation", "bias", "residual", "norm_weight", "nested")
-        plain = len(known) == len(more) and not any(options.get(name) for name in extra)
-        want(plain, "a plain linear, whose scales are not quantized again")
-        first = [*zero, None][0], [*table, None][0], [*whole, None][0] if kind == "nv4" else None
-        return cls(x, weight, scale, *first, kind, group)
+        """UnsupportedError for a case with an epilogue or a norm, which peers have not."""
+        x, bias, residual, norm_weight, weight, scale, zero, table, whole, nested, kind, group = (
+            inputs
+        )
+        extra = [part for part in (bias, residual, norm_weight) if part is not None]
+        extra += [name for name, value in options_of(case).items() if value]
+        want(not extra and not nested, "a plain linear, whose scales are not quantized again")
+        return cls(x, weight, scale, zero, table, whole, kind, group)
 
     @property
     def codes(self) -> Tensor:
