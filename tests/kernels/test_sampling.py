@@ -156,11 +156,10 @@ def test_kernel_draws_every_kept_token_and_no_other(device, small_tiles):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("keep", [False, True])
-def test_refused_tokens_are_drawn_again(parts, keep, device, small_tiles, monkeypatch):
+def test_refused_tokens_are_drawn_again(parts, device, small_tiles, monkeypatch):
     """Little of a flat row is kept, so that most first tokens are refused, and some several times."""
-    monkeypatch.setattr(sampling, "draw_config", lambda *_: (parts, keep))
-    logits = torch.randn(12, 700, device=device)
+    monkeypatch.setattr(sampling, "parts_of", lambda *_: parts)
+    logits = torch.randn(12, 5000, device=device)
     agrees(
         logits, requests([(3.0, 0, 0.05, 0.0), (1.0, 0, 0.3, 0.0), (9.0, 0, 1.0, 0.8)] * 4, device)
     )
@@ -429,7 +428,7 @@ def test_top_logprobs_lists_no_impossible_token(device, small_tiles):
 def test_the_kernels_ran_and_not_their_references(device, monkeypatch):
     logits, args = torch.randn(2, 1500, device=device), penalties(2, 1500, device)
     for name, grid, run in (
-        ("_draw_kernel", (2, 4), lambda: sample(logits, *requests([OFF] * 2, device))),
+        ("_mass_kernel", (2, 8), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_sample_kernel", (2,), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_apply_penalties_kernel", (2, 2), lambda: apply_penalties_(logits, *args)),
         ("_top_logprobs_kernel", (2,), lambda: top_logprobs(logits, args[1][:, 0].long(), 1)),

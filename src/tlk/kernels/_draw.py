@@ -1,16 +1,67 @@
-"""Drawing a token: from a lane, from a row, and from a row in pieces by rejection.
+"""Drawing a token: from a lane, from a row, and from a row in two stages with refusals.
 
-`_draw_kernel` draws from each piece of a row and sums its mass; `accepted` takes the best piece's token
-if it is among what top-p and min-p keep, else the best of the tokens above it, and so on. The winner
-among all tokens wins among the kept ones if it is one of them; if not, nothing at or below it is kept.
+Without top-k no threshold is sought. A lane holds the columns equal modulo LANES, and in stage one
+
+    lane = argmax over lanes of  log(mass) + g,    token = argmax over its columns of  x / temperature + g
+
+with fresh Gumbel noise in either draws from the softmax of the row (the maximum of shifted Gumbel
+variables, https://arxiv.org/abs/1411.0030), at the price of one exponential per column. The token is accepted if
+what lies above it is less than top-p of the mass, and min-p keeps it; else it and all at or below it
+are out, and the masses above it, which the check has summed, are drawn from next. What is kept is
+drawn with its probability whatever has been refused before (rejection), most often at once: the
+first token is accepted with probability top-p or more.
 """
 
+from itertools import count
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tlk.kernels._pdl import allow_next, wait_for_previous
-from tlk.kernels._philox import gumbel, philox
-from tlk.kernels._threshold import LOWEST, key_of, load_row, row_mass, value_of
+from tlk.kernels._philox import (
+    gumbel,
+    numbered_gumbel,
+    numbered_gumbel_reference,
+    philox,
+)
+from tlk.kernels._threshold import LOWEST, key_of, load_row, value_of
+
+LANES = 2048
+
+
+def draw_reference(
+    x: Tensor, threshold: Tensor, floor: Tensor, inverse: Tensor, seeds: Tensor, offsets: Tensor
+) -> Tensor:
+    """A token of each row of `x` [S, V] at or above `threshold` [S]; 0 where there is none.
+
+    floor: the part of the threshold that is known without sorting, [S]; inverse: 1 / temperature, [S].
+    """
+    rows, columns = x.shape
+    lanes, steps = min(LANES, columns), -(-columns // LANES)
+    rest = (0, steps * lanes - columns)
+    score = (x - x.amax(-1, keepdim=True).clamp(min=LOWEST.value)) * inverse[:, None]
+    weight = F.pad(score.exp().double(), rest)
+    column = torch.arange(columns, device=x.device)
+    lane_numbers = column[:lanes].expand(rows, -1)
+    tokens = torch.zeros(rows, dtype=torch.int64, device=x.device)
+    candidates = x > -torch.inf
+    searching = candidates.any(-1)
+    for round in count():
+        if not searching.any():
+            return tokens
+        mass = (weight * F.pad(candidates, rest)).view(rows, steps, lanes).sum(1)
+        noise = numbered_gumbel_reference(seeds, offsets, lane_numbers, 2 * round + 1)
+        lane = (mass.log().float() + noise).argmax(-1, keepdim=True)
+        here = candidates & (column % LANES == lane)
+        noise = numbered_gumbel_reference(seeds, offsets, column.expand(rows, -1), 2 * round + 2)
+        drawn = torch.where(here, score + noise, -torch.inf).argmax(-1)
+        tokens = torch.where(searching, drawn, tokens)
+        value = x.gather(-1, tokens[:, None])
+        searching = searching & (value[:, 0] < threshold)
+        candidates = (x > value) & (x >= floor[:, None])
 
 
 @triton.jit
@@ -68,140 +119,96 @@ def draw_row(
 
 
 @triton.jit
-def _draw_quarter(
-    best, noise, token, mass, total, x, cols, bits, top, inv_t, noise_ptr, n_cols,
-    KEEP: tl.constexpr,
-):  # fmt: skip
-    """Add columns `cols` with logits `x` to a piece: its best score by lane, and its masses."""
-    g = gumbel(bits)
-    if KEEP:
-        tl.store(noise_ptr + cols, g, cols < n_cols)
-    score = tl.fma(x - top, inv_t, g)
-    better = score > best
-    mass += tl.exp((x - top) * inv_t)
-    total += tl.exp(x - top)
-    return (
-        tl.where(better, score, best), tl.where(better, g, noise), tl.where(better, cols, token),
-        mass, total,
-    )  # fmt: skip
-
-
-@triton.jit
-def _draw_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, seeds_ptr, offsets_ptr, pieces_ptr, tokens_ptr,
-    noise_ptr, stride, n_cols,
-    QUARTER: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Draw from a piece of a row without top-k: (largest logit, masses, noise) and the token."""
-    allow_next(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) // PARTS
-    place = tl.program_id(1) % PARTS * WIDTH + tl.arange(0, WIDTH)
-    wait_for_previous(PDL)
-    temperature, top_k = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row)
-    if (temperature > 0) & ((top_k <= 0) | (top_k >= n_cols)):
-        row_ptr = logits_ptr + row * stride
-        noise_ptr += row * n_cols
-        c0 = group * 4 * QUARTER + place
-        c1, c2, c3 = c0 + QUARTER, c0 + 2 * QUARTER, c0 + 3 * QUARTER
-        x0, x1 = load_row(row_ptr, c0, n_cols), load_row(row_ptr, c1, n_cols)
-        x2, x3 = load_row(row_ptr, c2, n_cols), load_row(row_ptr, c3, n_cols)
-        top = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
-        top = tl.maximum(top, LOWEST)
-        inv_t = tl.div_rn(1.0, in_bounds(temperature))
-        seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
-        r0, r1, r2, r3 = philox(group * QUARTER + place, seed, offset)
-        best = tl.full([WIDTH], float("-inf"), tl.float32)
-        noise, mass, total = tl.zeros_like(best), tl.zeros_like(best), tl.zeros_like(best)
-        token = tl.zeros([WIDTH], tl.int32)
-        best, noise, token, mass, total = _draw_quarter(
-            best, noise, token, mass, total, x0, c0, r0, top, inv_t, noise_ptr, n_cols, KEEP
-        )
-        best, noise, token, mass, total = _draw_quarter(
-            best, noise, token, mass, total, x1, c1, r1, top, inv_t, noise_ptr, n_cols, KEEP
-        )
-        best, noise, token, mass, total = _draw_quarter(
-            best, noise, token, mass, total, x2, c2, r2, top, inv_t, noise_ptr, n_cols, KEEP
-        )
-        best, noise, token, mass, total = _draw_quarter(
-            best, noise, token, mass, total, x3, c3, r3, top, inv_t, noise_ptr, n_cols, KEEP
-        )
-        winner = tl.min(tl.where(best == tl.max(best, 0), token, n_cols), 0)
-        at = row * tl.num_programs(1) + tl.program_id(1)
-        tl.store(tokens_ptr + at, winner)
-        tl.store(pieces_ptr + 4 * at, top)
-        tl.store(pieces_ptr + 4 * at + 1, tl.sum(mass, 0))
-        tl.store(pieces_ptr + 4 * at + 2, tl.sum(total, 0))
-        tl.store(pieces_ptr + 4 * at + 3, tl.max(tl.where(token == winner, noise, LOWEST), 0))
-
-
-@triton.jit
-def _draw_kept(
-    token, row_ptr, noise_ptr, n_cols, threshold, top, inv_t, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The token drawn from logits at or above `threshold`, with the noise that was kept."""
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    tokens = tl.zeros([BLOCK], tl.int32) + token
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = load_row(row_ptr, cols, n_cols)
-        g = tl.load(noise_ptr + cols, cols < n_cols, other=0.0)
-        score = tl.where(x >= threshold, tl.fma(x - top, inv_t, g), float("-inf"))
-        better = score > best
-        best, tokens = tl.where(better, score, best), tl.where(better, cols, tokens)
-    return tl.min(tl.where(best == tl.max(best, 0), tokens, n_cols), 0)
-
-
-@triton.jit
 def _above(x, SHIFT: tl.constexpr):
     """The next larger value of the logits' dtype."""
     return value_of(key_of(tl.where(x == 0, 0.0, x), SHIFT) + 1, SHIFT)
 
 
 @triton.jit
+def _mass_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, masses_ptr, parts_ptr, stride, n_cols,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The masses of WIDTH lanes of a row without top-k; of all of them the largest logit and Σ exp."""
+    allow_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    lanes = part * WIDTH + tl.arange(0, WIDTH)
+    wait_for_previous(PDL)
+    temperature, top_k = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row)
+    if (temperature > 0) & ((top_k <= 0) | (top_k >= n_cols)):
+        row_ptr = logits_ptr + row * stride
+        inv_t = tl.div_rn(1.0, in_bounds(temperature))
+        tops = tl.full([WIDTH], LOWEST, tl.float32)
+        for start in range(0, n_cols, LANES):
+            tops = tl.maximum(tops, load_row(row_ptr, start + lanes, n_cols))
+        top = tl.max(tops, 0)
+        mass = tl.zeros([WIDTH], tl.float32)
+        total = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, n_cols, LANES):
+            x = load_row(row_ptr, start + lanes, n_cols) - top
+            mass += tl.exp(x * inv_t)
+            if inv_t != 1.0:
+                total += tl.exp(x)
+        tl.store(masses_ptr + row * LANES + lanes, mass)
+        at = parts_ptr + 2 * (row * tl.num_programs(1) + part)
+        tl.store(at, top)
+        tl.store(at + 1, tl.sum(total if inv_t != 1.0 else mass, 0))
+
+
+@triton.jit
+def _from_lane(
+    mass, row_ptr, n_cols, round, threshold, top, inv_t, seed, offset,
+    LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The token drawn from logits at or above `threshold`, whose masses by lane are `mass`."""
+    lanes = tl.arange(0, LANES)
+    score = tl.log(mass) + numbered_gumbel(lanes, 2 * round + 1, seed, offset)
+    score = tl.where(mass > 0, score, float("-inf"))
+    lane = tl.min(tl.where(score == tl.max(score, 0), lanes, LANES - 1), 0)
+    columns = lane + LANES * tl.arange(0, STEPS)
+    x = load_row(row_ptr, columns, n_cols)
+    noise = numbered_gumbel(columns, 2 * round + 2, seed, offset)
+    score = tl.where(x >= threshold, tl.fma(x - top, inv_t, noise), float("-inf"))
+    token = tl.min(tl.where(score == tl.max(score, 0), columns, n_cols - 1), 0)
+    return tl.where(tl.max(score, 0) > float("-inf"), token, 0)
+
+
+@triton.jit
 def accepted(
-    row_ptr, pieces_ptr, tokens_ptr, noise_ptr, n_cols, n_pieces, temperature, top_p, min_p, seed,
-    offset, SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr,
-    PIECES: tl.constexpr, KEEP: tl.constexpr,
+    row_ptr, masses_ptr, parts_ptr, n_cols, temperature, top_p, min_p, seed, offset,
+    SHIFT: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The token of a row without top-k, its largest logit and the sum of exp(x - largest)."""
-    piece = tl.arange(0, PIECES)
-    inside = piece < n_pieces
-    tops = tl.load(pieces_ptr + 4 * piece, inside, other=float("-inf"))
-    masses = tl.load(pieces_ptr + 4 * piece + 1, inside, other=0.0)
-    totals = tl.load(pieces_ptr + 4 * piece + 2, inside, other=0.0)
-    noise = tl.load(pieces_ptr + 4 * piece + 3, inside, other=0.0)
-    tokens = tl.load(tokens_ptr + piece, inside, other=0)
+    lanes, part = tl.arange(0, LANES), tl.arange(0, PARTS)
+    tops, totals = tl.load(parts_ptr + 2 * part), tl.load(parts_ptr + 2 * part + 1)
     temperature = in_bounds(temperature)
     inv_t = tl.div_rn(1.0, temperature)
     top = tl.max(tops, 0)
-    mass = tl.sum(masses * tl.exp((tops - top) * inv_t), 0)
     total = tl.sum(totals * tl.exp(tops - top), 0)
-    score = tl.fma(load_row(row_ptr, tokens, n_cols) - top, inv_t, noise)
-    score = tl.where(inside, score, float("-inf"))
-    best = tl.max(score, 0)
-    token = tl.min(tl.where(score == best, tokens, n_cols), 0)
-    x = load_row(row_ptr, token, n_cols)
+    own = tl.load(parts_ptr + lanes // (LANES // PARTS) * 2)
+    mass = tl.load(masses_ptr + lanes) * tl.exp((own - top) * inv_t)
+    enough = top_p * tl.sum(mass, 0)
     floor = top + temperature * tl.log(tl.minimum(tl.maximum(min_p, 1e-37), 1.0))
     floor = tl.where(min_p > 0, tl.maximum(floor, LOWEST), LOWEST)
-    searching = (best > float("-inf")) & (x < top)
+    token = _from_lane(mass, row_ptr, n_cols, 0, LOWEST, top, inv_t, seed, offset, LANES, STEPS)
+    x = load_row(row_ptr, token, n_cols)
+    searching = (x < top) & (x > float("-inf")) & ((top_p < 1) | (x < floor))
+    round = 1
     while searching:
-        threshold = _above(x, SHIFT)
-        kept = x >= floor
-        if kept & (top_p < 1):
-            kept = row_mass(row_ptr, n_cols, threshold, top, inv_t, BLOCK) < top_p * mass
-        if kept:
+        above = _above(x, SHIFT)
+        threshold = tl.maximum(above, floor)
+        mass = tl.zeros([LANES], tl.float32)
+        for start in range(0, n_cols, LANES):
+            y = load_row(row_ptr, start + lanes, n_cols)
+            mass += tl.where(y >= threshold, tl.exp((y - top) * inv_t), 0.0)
+        if (x >= floor) & ((top_p >= 1) | (tl.sum(mass, 0) < enough)):
             searching = False
         else:
-            threshold = tl.maximum(threshold, floor)
-            if KEEP:
-                token = _draw_kept(token, row_ptr, noise_ptr, n_cols, threshold, top, inv_t, BLOCK)
-            else:
-                token = draw_row(
-                    token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
-                    QUARTER, BLOCK if BLOCK < QUARTER else QUARTER,
-                )  # fmt: skip
+            token = _from_lane(
+                mass, row_ptr, n_cols, round, threshold, top, inv_t, seed, offset, LANES, STEPS
+            )
             x = load_row(row_ptr, token, n_cols)
-            searching = x < top
+            round += 1
+            searching = (x < top) & ((top_p < 1) | (x < floor))
     return token, top, total

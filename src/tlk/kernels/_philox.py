@@ -6,7 +6,8 @@ The word is one of the four that Philox4x32-10 makes of a 128-bit counter and a 
 al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed, the counter is
 (block of tokens, 0, offset, offset >> 32); token v uses word v // QUARTER % 4 of the block
 v // (4 QUARTER) · QUARTER + v % QUARTER: all four words are used, and the tokens of one word are
-neighbours in memory. Kernel and reference make the same u; their logarithms differ by about 3e-6.
+neighbours in memory. Where other things are numbered, such as lanes, or tokens in a second draw, the
+counter is (number, stream, offset, offset >> 32), of which the first word counts. Kernel and reference make the same u; their logarithms differ by about 3e-6.
 """
 
 import torch
@@ -40,15 +41,31 @@ def gumbel_reference(seeds: Tensor, offsets: Tensor, n_cols: int) -> Tensor:
     blocks, width = triton.cdiv(n_cols, 4 * QUARTER), min(n_cols, QUARTER)
     place = torch.arange(width, device=seeds.device)
     place = (torch.arange(blocks, device=seeds.device)[:, None] * QUARTER + place).flatten()
-    zero = torch.zeros(len(seeds), len(place), dtype=torch.int64, device=seeds.device)
-    seed, offset = seeds[:, None], offsets[:, None]
-    words = philox_reference(
-        [zero + place, zero, zero + (offset & 0xFFFFFFFF), zero + (offset >> 32 & 0xFFFFFFFF)],
-        [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF],
-    )
+    words = _words(seeds, offsets, place.expand(len(seeds), -1), 0)
     bits = torch.stack([w.view(len(seeds), blocks, width) for w in words], 2)
     u = bits.flatten(1)[:, :n_cols].float() * 2.0**-32 + 2.0**-33
     u = u.clamp(max=1 - 2.0**-24)
+    return _gumbel(u)
+
+
+def numbered_gumbel_reference(
+    seeds: Tensor, offsets: Tensor, numbers: Tensor, stream: int
+) -> Tensor:
+    """Noise float32 of `numbers` [S, n] in one of many streams apart from that of `gumbel_reference`."""
+    word = _words(seeds, offsets, numbers, stream)[0]
+    return _gumbel((word.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24))
+
+
+def _words(seeds: Tensor, offsets: Tensor, numbers: Tensor, stream: int) -> list[Tensor]:
+    """The four words of `numbers` [S, n] for requests with `seeds` [S] at `offsets` [S]."""
+    zero = torch.zeros_like(numbers, dtype=torch.int64)
+    seed, offset = seeds[:, None], offsets[:, None]
+    counter = [zero + numbers, zero + stream, zero + (offset & 0xFFFFFFFF)]
+    counter.append(zero + (offset >> 32 & 0xFFFFFFFF))
+    return philox_reference(counter, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+
+
+def _gumbel(u: Tensor) -> Tensor:
     return -torch.where(u < 0.0625, _series(u), -torch.log(1 - u)).log()
 
 
@@ -60,9 +77,21 @@ def _series(u: Tensor) -> Tensor:
 @triton.jit
 def philox(block, seed, offset):
     """The four words, uint32 as `block`, of blocks of tokens."""
+    return _philox(block, 0, seed, offset)
+
+
+@triton.jit
+def _philox(block, stream, seed, offset):
     zero = block * 0
     low = (offset & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.philox(seed, block, zero, zero + low, zero + (offset >> 32).to(tl.int32))
+    return tl.philox(seed, block, zero + stream, zero + low, zero + (offset >> 32).to(tl.int32))
+
+
+@triton.jit
+def numbered_gumbel(numbers, stream, seed, offset):
+    """The noise of `numbers` in stream `stream`, which is above 0."""
+    word, _, _, _ = _philox(numbers, stream, seed, offset)
+    return gumbel(word)
 
 
 @triton.jit

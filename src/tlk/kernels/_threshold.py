@@ -40,9 +40,14 @@ def threshold_reference(
     # a token is in the smallest set if what comes before it has not reached p
     n = (mass - weight < top_p[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(min=1)
     pth = torch.where(top_p[:, None] < 1, ordered.gather(-1, n - 1), LOWEST.value)
-    mth = top + temperature * min_p[:, None].clamp(1e-37, 1).log()
-    mth = torch.where(min_p[:, None] > 0, mth, LOWEST.value)
-    return torch.maximum(torch.maximum(kth, pth), mth)[:, 0].clamp(min=LOWEST.value)
+    mth = floor_reference(x, temperature[:, 0], min_p)
+    return torch.maximum(torch.maximum(kth, pth)[:, 0], mth)
+
+
+def floor_reference(x: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """The smallest logit of `x` [S, V] that min-p keeps, [S] float32."""
+    floor = x.amax(-1) + temperature.clamp(1e-30, 1e30) * min_p.clamp(1e-37, 1).log()
+    return torch.where(min_p > 0, floor, LOWEST.value).clamp(min=LOWEST.value)
 
 
 @triton.jit

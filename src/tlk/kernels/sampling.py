@@ -12,14 +12,12 @@ The filters come in the order of vLLM and transformers and keep all tokens that 
 (`_threshold.py`). NaN counts as -inf, +inf as the largest float32. A row without any logit above -inf
 gives token 0 and log-probability -inf.
 
-Plan of `sample`, two launches and no sort. Without top-k a row needs no threshold: the first launch
-draws from all of it, in pieces, and sums the mass. The second accepts the token if what lies above it
-is less than top-p of the mass; if not, it and all below it are out and the best of the rest is next.
-That is the draw from what is kept: its winner beats whatever outdoes it in the whole row only after
-that was refused. A token is accepted with probability top-p or more. Of rows with top-k, one program
-each keeps the four largest values of each lane in registers, where usual thresholds are found and the
-token is drawn, and takes the log-sum-exp in a second pass. S·V·itemsize bytes from memory and some 60
-or 40 instructions per logit; rows that keep more than the registers hold cost a few passes more.
+Plan of `sample`, two launches and no sort. Rows without top-k are drawn from before any threshold is
+known, and what top-p or min-p does not keep is refused (`_draw.py`): some 15 instructions per logit
+for the masses, as many again to check a token. Of rows with top-k, one program each keeps the four
+largest values of each lane in registers, where usual thresholds are found and the token is drawn, and
+takes the log-sum-exp in a second pass: some 40 instructions per logit. S·V·itemsize bytes from memory;
+rows with top-k that keep more than the registers hold cost a few passes more.
 `apply_penalties_` moves 13·S·V bytes, `top_logprobs` S·V·itemsize.
 """
 
@@ -36,7 +34,15 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._device import sm_count
-from tlk.kernels._draw import _draw_kernel, accepted, draw_lane, draw_row, in_bounds
+from tlk.kernels._draw import (
+    LANES,
+    _mass_kernel,
+    accepted,
+    draw_lane,
+    draw_reference,
+    draw_row,
+    in_bounds,
+)
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
@@ -44,6 +50,7 @@ from tlk.kernels._philox import QUARTER, gumbel_reference
 from tlk.kernels._threshold import (
     LOWEST,
     cleaned,
+    floor_reference,
     key_of,
     lane_search,
     lane_sum,
@@ -62,11 +69,22 @@ def sample_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = cleaned(logits)
     t = threshold_reference(logits, temperature, top_k, top_p, min_p)
-    inverse = 1 / temperature[:, None].clamp(1e-30, 1e30)
-    score = (x - x.amax(-1, keepdim=True)) * inverse + gumbel_reference(seeds, offsets, x.shape[-1])
-    drawn = torch.where(x >= t[:, None], score, -torch.inf).argmax(-1)
+    inverse = 1 / temperature.clamp(1e-30, 1e30)
+    score = (x - x.amax(-1, keepdim=True)) * inverse[:, None]
+    score += gumbel_reference(seeds, offsets, x.shape[-1])
+    by_k = torch.where(x >= t[:, None], score, -torch.inf).argmax(-1)
+    drawn = draw_reference(x, t, floor_reference(x, temperature, min_p), inverse, seeds, offsets)
+    drawn = torch.where((top_k > 0) & (top_k < x.shape[-1]), by_k, drawn)
     tokens = torch.where(temperature > 0, drawn, x.argmax(-1))
     return tokens, _token_logprobs(x, tokens)
+
+
+def _fake_sample(logits: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    n_rows = logits.shape[0]
+    return (
+        logits.new_empty(n_rows, dtype=torch.int64),
+        logits.new_empty(n_rows, dtype=torch.float32),
+    )
 
 
 def apply_penalties_reference(
@@ -160,9 +178,9 @@ def _by_lanes(
 @triton.jit
 def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
-    pieces_ptr, piece_tokens_ptr, noise_ptr, tokens_ptr, logprobs_ptr, stride, n_cols, n_pieces,
-    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    KEEP: tl.constexpr, PDL: tl.constexpr,
+    masses_ptr, parts_ptr, tokens_ptr, logprobs_ptr, stride, n_cols,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    PARTS: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -173,9 +191,8 @@ def _sample_kernel(
     seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
     if (temperature > 0) & ((top_k <= 0) | (top_k >= n_cols)):
         token, top, total = accepted(
-            row_ptr, pieces_ptr + row * n_pieces * 4, piece_tokens_ptr + row * n_pieces,
-            noise_ptr + row * n_cols, n_cols, n_pieces, temperature, top_p, min_p, seed, offset,
-            SHIFT, QUARTER, BLOCK, PIECES, KEEP,
+            row_ptr, masses_ptr + row * LANES, parts_ptr + row * PARTS * 2, n_cols, temperature,
+            top_p, min_p, seed, offset, SHIFT, LANES, PARTS, STEPS,
         )  # fmt: skip
     else:
         token, top = _by_lanes(
@@ -246,22 +263,16 @@ def default_config(n_cols: int) -> tuple[int, int]:
     return block, max(block // 256, 1)
 
 
-def draw_config(n_rows: int, n_cols: int, processors: int) -> tuple[int, bool]:
-    """Programs for 4 · QUARTER columns of a row, enough for all SMs, and whether noise is kept.
-
-    Noise is read again where a token is refused: 15 of the 60 instructions that drawing again takes,
-    for 4·S·V bytes of memory.
-    """
-    programs = n_rows * cdiv(n_cols, 4 * QUARTER)
-    parts = next((p for p in (1, 2, 4) if programs * p >= 2 * processors), 4)
-    return parts, n_rows <= 128
+def parts_of(n_rows: int, processors: int) -> int:
+    """Programs that share the lanes of a row, so that there are some for all SMs."""
+    return next((p for p in (1, 2, 4) if n_rows * p >= 2 * processors), 8)
 
 
 # Bits of a float32 that logits of a 16-bit dtype never set.
 _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-@op(sample_reference)
+@op(sample_reference, fake=_fake_sample)
 def _sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
     seeds: Tensor, offsets: Tensor,
@@ -270,24 +281,21 @@ def _sample(
     tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     block, warps = default_config(n_cols)
-    parts, keep = draw_config(n_rows, n_cols, sm_count(logits.device))
-    pieces = cdiv(n_cols, 4 * QUARTER) * parts
-    drawn = torch.empty(n_rows, pieces, 4, dtype=torch.float32, device=logits.device)
-    piece_tokens = torch.empty(n_rows, pieces, dtype=torch.int32, device=logits.device)
-    noise = torch.empty(n_rows * keep, n_cols, dtype=torch.float32, device=logits.device)
+    parts = parts_of(n_rows, sm_count(logits.device))
+    masses = torch.empty(n_rows, LANES, dtype=torch.float32, device=logits.device)
+    of_parts = torch.empty(n_rows, parts, 2, dtype=torch.float32, device=logits.device)
     dependent = pdl(logits.device)
     if n_rows:
-        _draw_kernel[(n_rows, pieces)](
-            logits, temperature, top_k, seeds, offsets, drawn, piece_tokens, noise,
-            logits.stride(0), n_cols,
-            QUARTER=QUARTER, PARTS=parts, WIDTH=QUARTER // parts, KEEP=keep, PDL=dependent,
-            num_warps=8 // min(parts, 4), launch_pdl=dependent,
+        _mass_kernel[(n_rows, parts)](
+            logits, temperature, top_k, masses, of_parts, logits.stride(0), n_cols,
+            LANES=LANES, WIDTH=LANES // parts, PDL=dependent, num_warps=8 // parts,
+            launch_pdl=dependent,
         )  # fmt: skip
         _sample_kernel[(n_rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, offsets, drawn, piece_tokens, noise,
-            tokens, logprobs, logits.stride(0), n_cols, pieces,
-            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block,
-            PIECES=next_power_of_2(pieces), KEEP=keep, PDL=dependent,
+            logits, temperature, top_k, top_p, min_p, seeds, offsets, masses, of_parts, tokens,
+            logprobs, logits.stride(0), n_cols,
+            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, LANES=LANES,
+            PARTS=parts, STEPS=next_power_of_2(cdiv(n_cols, LANES)), PDL=dependent,
             num_warps=warps, launch_pdl=dependent,
         )  # fmt: skip
     return tokens, logprobs
