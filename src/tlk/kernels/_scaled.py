@@ -65,6 +65,9 @@ def _dot_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * stride_x + k[:, None]
     xs_ptrs = xs_ptr + m.to(tl.int64) * stride_xs
     in_m = m < M
+    if BLOCKWISE:  # scales are loaded a step ahead
+        ws_ptr += first // BLOCK * stride_ws
+        scale = tl.load(xs_ptrs, in_m, other=0.0) * tl.load(ws_ptr)
     acc = tl.zeros(
         (BLOCK_N, BLOCK_M), tl.int32 if w_ptr.dtype.element_ty == tl.int8 else tl.float32
     )
@@ -77,9 +80,10 @@ def _dot_kernel(
             w = tl.load(w_ptrs + start, in_k[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs + start, in_m[None, :] & in_k[:, None], other=0.0)
         if BLOCKWISE:
-            sw = tl.load(ws_ptr + first // BLOCK * stride_ws + start // BLOCK)
-            sx = tl.load(xs_ptrs + start // BLOCK, in_m, other=0.0)
-            acc += tl.dot(w, x) * (sw * sx)[None, :]
+            block = tl.minimum(start // BLOCK + 1, (K - 1) // BLOCK)
+            next_scale = tl.load(xs_ptrs + block, in_m, other=0.0) * tl.load(ws_ptr + block)
+            acc += tl.dot(w, x) * scale[None, :]
+            scale = next_scale
         else:
             acc = _added(w, x, acc, PROMOTE)
     y = acc.to(tl.float32)
