@@ -11,7 +11,7 @@ from torch import Tensor
 
 def pack_nibbles(codes: Tensor, group_size: int) -> Tensor:
     """Codes 0..15 [N, K] of any integer dtype as uint8 [N, K/2]; `group_size` is even and divides K."""
-    low, high = codes.to(torch.uint8).unflatten(1, (-1, 2, group_size // 2)).unbind(2)
+    low, high = codes.to(torch.uint8).contiguous().unflatten(1, (-1, 2, group_size // 2)).unbind(2)
     return (low | high << 4).flatten(1)
 
 

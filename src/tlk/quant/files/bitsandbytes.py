@@ -65,7 +65,7 @@ def _eight(t: Tensors, shape: tuple[int, int]) -> Layer:
             raise UnsupportedError(
                 f"{t.name('weight_format')} is {int(layout)}: tlk reads rows (0)"
             )
-    scale = t.scale("SCB", n, dtypes=(torch.float32,))
+    scale = _finite(t, "SCB", n)  # 0 for a row of zeros
     weight = t.take("weight", torch.int8, n, k)
     return Layer(Int8Weight(), {"weight": weight, "scale": scale[:, None] / 127})
 

@@ -95,9 +95,9 @@ def _fp8_per_channel(t: Tensors, scheme: ModelOpt, shape: tuple[int, int]) -> La
 
 
 def _fp8_blocks(t: Tensors, scheme: ModelOpt, shape: tuple[int, int]) -> Layer:
-    n, k = shape
-    scale = t.take("weight_scale", SCALES, -(-n // 128), 1, -(-k // 128), 1)
-    flat = Tensors(t.module, {**t.tensors, "weight_scale": scale[:, 0, :, 0]}, t.taken)
+    rows, columns = (-(-size // 128) for size in shape)
+    scale = t.take("weight_scale", SCALES, rows, 1, columns, 1)  # one block: a scalar
+    flat = Tensors(t.module, {**t.tensors, "weight_scale": scale.view(rows, columns)}, t.taken)
     return fp8_layer(flat, shape, "block", "weight_scale", weight_only=True)
 
 

@@ -1,0 +1,1 @@
+"""What the original packers wrote: see README.md."""
