@@ -220,10 +220,13 @@ class Config:
     branch: bool = False
 
 
-def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Config:
+def default_config(
+    sm: int, dtype: torch.dtype, head_dim: int, rows: int, codes: bool = False
+) -> Config:
     """Tiles that fit `sm` for the larger head dim, `rows` = longest chunk × heads of a group.
 
-    Chosen from compiled code: the largest without spills, two blocks an SM for decode.
+    Chosen from compiled code: the largest without spills, two blocks an SM for decode. A decode tile of
+    `codes` has twice as many keys.
     """
     wide, narrow = head_dim > 128, head_dim <= 64
     if sm < 80 or (dtype == torch.float32 and rows <= 16):
@@ -232,7 +235,8 @@ def default_config(sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> Con
         return Config(16, 16, 8, 2) if wide else Config(32, 16, 4, 2)
     large_memory = sm in (80, 90, 100)
     if rows <= 16:
-        return Config(16, (32 if wide else 64) // (1 if large_memory else 2), 4, 3)
+        keys = (32 if wide else 64) // (1 if large_memory else 2)
+        return Config(16, 2 * keys if codes else keys, 4, 3 if sm in (80, 86, 89, 120) else 4)
     if sm == 90:
         if wide:
             return Config(64, 64, 8, 2, branch=True)
@@ -294,7 +298,7 @@ def _launch(
     (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
     group = heads // kv_heads
     rows = ROWS_OF_ANY if deterministic else max(max_q, 1) * group
-    config = default_config(sm(q.device), q.dtype, max(d, dv), rows)
+    config = default_config(sm(q.device), q.dtype, max(d, dv), rows, k_cache.dtype in CODES)
     decode, dependent = max_q == 1 and not deterministic, pdl(q.device)
     tiles = max(seqs, tokens) * cdiv(group, config.block_m)
     if not decode:
