@@ -131,11 +131,10 @@ def load_weights(
 
 def _places(decoder: Decoder, sources: Mapping[str, tuple[str, ...]]) -> dict[str, Place]:
     splits, parameters = parameter_splits(decoder), dict(decoder.named_parameters())
-    heights = _heights(decoder)
     places = {}
     for name, keys in sources.items():
-        split, (rows, *rest) = splits[name], parameters[name].shape
-        own = heights.get(name.rpartition(".")[0]) or (rows // len(keys),) * len(keys)
+        split, rest = splits[name], parameters[name].shape[1:]
+        own = part_heights(decoder, name.rpartition(".")[0], len(keys))
         row = 0
         for key, height in zip(keys, own, strict=True):
             out, inner = (parallel.world() if split == way else 1 for way in ("out", "in"))
@@ -145,17 +144,21 @@ def _places(decoder: Decoder, sources: Mapping[str, tuple[str, ...]]) -> dict[st
     return places
 
 
-def _heights(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """The rows on this rank of each part of a fused layer, where they differ: of q, k and v."""
-    return {
-        f"{prefix}.qkv": (
-            module.heads * module.config.head_dim,
-            module.kv_heads * module.config.head_dim,
-            module.kv_heads * module.config.v_head_dim,
+def part_heights(decoder: Decoder, name: str, parts: int) -> tuple[int, ...]:
+    """The rows on this rank of each of the `parts` that the module `name` is fused from."""
+    module = decoder.get_submodule(name)
+    attention = decoder.get_submodule(name.rpartition(".")[0])
+    if isinstance(attention, Attention) and module is attention.qkv:
+        c = attention.config
+        return (
+            attention.heads * c.head_dim,
+            attention.kv_heads * c.head_dim,
+            attention.kv_heads * c.v_head_dim,
         )
-        for prefix, module in decoder.named_modules()
-        if isinstance(module, Attention)
-    }
+    rows = next(module.parameters()).shape[0]
+    if isinstance(module, Linear):
+        rows = module.out_features
+    return (rows // parts,) * parts
 
 
 def _part(place: Place) -> tuple[slice, ...]:
