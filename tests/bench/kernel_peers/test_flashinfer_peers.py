@@ -51,7 +51,8 @@ class Wrapper:
             assert options["use_tensor_cores"] and len(options["paged_kv_indptr_buffer"]) > 1
 
     def plan(self, *arrays, q_data_type, kv_data_type, window_left, logits_soft_cap, causal=False):
-        assert q_data_type == kv_data_type == torch.float32
+        assert q_data_type == torch.float32
+        self.kv_data_type = kv_data_type
         if self.decode:
             arrays = (None, *arrays)
         self.cu, self.indptr, self.indices, self.last, *self.sizes = arrays
@@ -59,8 +60,10 @@ class Wrapper:
         self.options = (window_left, logits_soft_cap)
         self.causal = causal or self.decode
 
-    def run(self, q, caches):
+    def run(self, q, caches, k_scale=1.0, v_scale=1.0):
         k, v = caches
+        assert k.dtype == v.dtype == self.kv_data_type
+        k, v = k.float() * k_scale, v.float() * v_scale
         heads, kv_heads, d, page = self.sizes
         assert (heads, d) == q.shape[1:] and (kv_heads, page) == k.shape[1:3]
         outputs = []
@@ -160,6 +163,7 @@ DECODE = (
     Step("page 8", (1,) * 3, 33, 4, 1, 16, page=8),
     Step("window", (1,) * 2, 40, 4, 2, 16, window=9),
     Step("capped", (1,) * 2, 40, 4, 2, 16, softcap=2.0),
+    Step("fp8", (1,) * 2, 40, 4, 2, 16, codes=torch.float8_e4m3fn),
 )
 
 
@@ -184,6 +188,7 @@ def test_paged_prefill(step):
 def test_paged_attention_that_it_has_not():
     for peer, step in (
         (peers.DECODE, Step("sinks", (1,), 40, 4, 2, 16, sinks=True)),
+        (peers.DECODE, Step("int8", (1,), 40, 4, 2, 16, codes=torch.int8)),
         (peers.DECODE, Step("queries", (2,), 40, 4, 2, 16)),
         (peers.PAGED_PREFILL, Step("sinks", (9,), 40, 4, 2, 16, sinks=True)),
     ):

@@ -36,13 +36,18 @@ def _prefill(case: Case, inputs: tuple[Any, ...], backend: str) -> Call:
 
 
 def _decode(case: Case, inputs: tuple[Any, ...]) -> Call:
-    q, k, v, table, lens, _, sinks = inputs[:7]
+    """Scales of an 8-bit cache are one number for all heads, as they are in the cases."""
+    q, k, v, table, lens, _, sinks, k_scale, v_scale = inputs[:9]
     o = case.options
-    one_each = q.shape[0] == lens.shape[0] and sinks is None and k.dtype == q.dtype
-    want(one_each, "one query a sequence, no sinks, and a cache in the dtype of the queries")
+    known = k.dtype in (q.dtype, torch.float8_e4m3fn)
+    one_each = q.shape[0] == lens.shape[0] and sinks is None and known
+    want(one_each, "one query a sequence, no sinks, and a cache in fp8 or the dtype of the queries")
+    scales = (
+        {"k_scale": float(k_scale[0]), "v_scale": float(v_scale[0])} if k_scale is not None else {}
+    )
     indptr, indices, last = _pages(table, lens, k.shape[2])
     wrapper = import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
-        _workspace(q.device), "HND", use_tensor_cores=True, use_cuda_graph=True,
+        _workspace(q.device), "HND", use_tensor_cores=True, use_cuda_graph=True, backend="fa2",
         paged_kv_indptr_buffer=indptr.clone(), paged_kv_indices_buffer=indices.clone(),
         paged_kv_last_page_len_buffer=last.clone(),
     )  # fmt: skip
@@ -51,7 +56,7 @@ def _decode(case: Case, inputs: tuple[Any, ...]) -> Call:
         window_left=o["window"] - 1 if o.get("window") else -1,
         logits_soft_cap=o.get("softcap") or None, q_data_type=q.dtype, kv_data_type=k.dtype,
     )  # fmt: skip
-    return lambda: wrapper.run(q, (k, v))
+    return lambda: wrapper.run(q, (k, v), **scales)
 
 
 def _paged_prefill(case: Case, inputs: tuple[Any, ...]) -> Call:
