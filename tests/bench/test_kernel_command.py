@@ -196,6 +196,21 @@ def test_a_folder_gets_everything(tmp_path):
     assert '<h2 id="turn">' in files["index.html"].read_text()
 
 
+def test_an_earlier_run_is_shown_again(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra tlk[bench]")
+    file, out = tmp_path / "lines.jsonl", tmp_path / "o"
+    words = ["--device", "cpu", "--repeats", "1", "--peers", "torch"]
+    assert run(**parse(*words, "--json", str(file))) == 0
+    table = capsys.readouterr().out
+    assert run(**parse("--from", str(file), "--out", str(out))) == 0
+    assert capsys.readouterr().out == table
+    assert len(list(out.glob("*.png"))) == 3 and (out / "index.html").exists()
+    assert len((out / "kernels.jsonl").read_text().splitlines()) == 4
+    assert run(**parse("rms_norm", "--filter", "T8", "--from", str(file))) == 0
+    assert "T8" in (shown := capsys.readouterr().out) and "T1" not in shown
+    assert len(file.read_text().splitlines()) == 4
+
+
 def test_plots_that_cannot_be_drawn_stop_it_before_it_measures(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_page, "find_spec", lambda name: None)
     monkeypatch.setattr(kernel_command, "kernel_limits", lambda device: pytest.fail("measured"))

@@ -7,7 +7,7 @@ import pytest
 
 from tests.bench.rows import row
 from tlk.bench.goals import GOALS
-from tlk.bench.record import append, commit, committed, gpu_slug, to_csv, to_dict
+from tlk.bench.record import append, commit, committed, from_dict, gpu_slug, read, to_csv, to_dict
 
 RUN = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "abc", "command": "tlk bench kernels"}
 
@@ -26,6 +26,34 @@ def test_a_row_as_json():
     assert record["speed"] == pytest.approx(2.6845) and record["unit"] == "TB/s"
     assert record["peers"]["a"]["ratio"] == 2.0 and record["peers"]["a"]["version"] == "1.2"
     assert record["peers"]["b"] == {"reason": "absent", "version": None}
+
+
+def test_a_row_from_json():
+    for made in (row(us=50, peers={"a": 100.0, "b": "absent"}), row("sample", peers={})):
+        again = from_dict(json.loads(json.dumps(to_dict(made, RUN))))
+        assert again.seconds.median == pytest.approx(made.seconds.median)
+        assert (again.bound, again.bytes, again.operands) == (made.bound, made.bytes, made.operands)
+        assert {n: p.reason for n, p in again.peers.items()} == {
+            n: p.reason for n, p in made.peers.items()
+        }
+        assert again.ratio("a") == pytest.approx(made.ratio("a")) if "a" in made.peers else True
+
+
+def test_the_last_row_of_each_case_is_read(tmp_path):
+    file = tmp_path / "h100.jsonl"
+    about = {**RUN, "time": "t", "cpu": "c", "versions": {}, "limits": {}}
+    file.write_text('{"benchmark": "latency"}\n{"benchmark": "kernel", "op": "of an older kind"}\n')
+    append(file, [row(us=50), row(shape="T1")], {**about, "commit": "old"}, GOALS)
+    append(file, [row(us=60)], about, GOALS)
+    rows, run = read(file)
+    assert [(r.shape, round(r.seconds.median * 1e6)) for r in rows] == [
+        ("T8192-N4096", 60),
+        ("T1", 50),
+    ]
+    assert run == about
+    file.write_text('{"benchmark": "latency"}\n')
+    with pytest.raises(ValueError, match="has no line that"):
+        read(file)
 
 
 def test_rows_as_csv():

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tlk.bench.kernel_page import require_plots, write_page
 from tlk.bench.kernel_peers.peer import PEER_ERRORS, reason
 from tlk.bench.kernels import Bench, Row, WrongResultError, dtypes_of, name_of, small
 from tlk.bench.limits import Limits, kernel_limits
-from tlk.bench.record import Refused, append, commit, to_csv
+from tlk.bench.record import Refused, append, commit, read, to_csv
 from tlk.errors import UnsupportedError
 from tlk.kernels._device import sm
 from tlk.llm.load import pick_device
@@ -42,6 +42,7 @@ class KernelOptions:
     repeats: int = 20
     json_file: Path | None = None
     out: Path | None = None
+    from_file: Path | None = None
     commit: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write JSON, CSV, a plot per op and a page there"
     )
+    parser.add_argument(
+        "--from", type=Path, dest="from_file", metavar="FILE",
+        help="measure nothing: show the rows of a file that --json wrote, and draw them with --out",
+    )  # fmt: skip
     parser.add_argument("--commit", help="what is measured, where git does not tell")
 
 
@@ -104,6 +109,8 @@ def run(listed: bool = False, **options: Any) -> int:
     if listed:
         print(*(f"{case}  {' '.join(map(name_of, case.dtypes))}" for case in cases), sep="\n")
         return 0
+    if chosen.from_file is not None:
+        return _show(chosen, chosen.from_file, {case.op for case in cases})
     device = pick_device(chosen.device)
     if device.type == "cpu" and chosen.device != "cpu":
         raise UnsupportedError(
@@ -116,14 +123,34 @@ def run(listed: bool = False, **options: Any) -> int:
     about = _about(chosen, device, limits)
     print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n", flush=True)
     rows, failed = _measured(cases, chosen, device, limits)
-    notes = kernel_table.absent(rows)
-    notes += kernel_table.verdicts(judge(GOALS, rows, limits, about["gpu"] or ""))
-    for note in notes:
-        print(note)
-    refused = _write(chosen, rows, about, notes)
+    refused = _write(chosen, rows, about, _notes(rows, about, limits))
     for one in refused:
         print(f"tlk: refused {one}", file=sys.stderr)
     return 1 if failed or refused else 0
+
+
+def _notes(rows: list[Row], about: dict[str, Any], limits: Limits) -> list[str]:
+    """What is said under the table, printed."""
+    notes = kernel_table.absent(rows)
+    notes += kernel_table.verdicts(judge(GOALS, rows, limits, about["gpu"] or ""))
+    print(*notes, sep="\n", end="\n" if notes else "")
+    return notes
+
+
+def _show(chosen: KernelOptions, file: Path, ops: set[str]) -> int:
+    """Print, and draw if that is wanted, what an earlier run measured."""
+    rows, about = read(file)
+    rows = [
+        row
+        for row in rows
+        if (not chosen.names or row.op in ops) and re.search(chosen.pattern or "", str(row))
+    ]
+    limits = Limits(**about["limits"])
+    print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n")
+    for row in rows:
+        print(kernel_table.line(row))
+    _write(replace(chosen, json_file=None), rows, about, _notes(rows, about, limits))
+    return 0
 
 
 def select(chosen: KernelOptions) -> list[Case]:

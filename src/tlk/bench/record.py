@@ -16,12 +16,16 @@ from typing import Any
 
 from tlk.bench.goals import Goal, lacking
 from tlk.bench.kernels import PeerResult, Row
+from tlk.bench.limits import Bound
 from tlk.bench.timing import Spread
 
 COLUMNS = (
     *("op", "shape", "dtype", "operands", "implementation", "version", "median_us", "p20_us"),
     *("p80_us", "repeats", "speed", "unit", "of_ceiling", "ceiling", "times_as_fast", "reason"),
 )
+
+
+ABOUT = ("command", "time", "commit", "gpu", "cpu", "versions", "limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,46 @@ def _peer_dict(row: Row, name: str, peer: PeerResult) -> dict[str, Any]:
         return {"reason": peer.reason, "version": peer.version}
     figures = _figures(row, peer.seconds)
     return {**figures, "ratio": round(row.ratio(name) or 0.0, 4), "version": peer.version}
+
+
+def from_dict(record: Mapping[str, Any]) -> Row:
+    """The row that `to_dict` wrote. Raises KeyError for another record."""
+    ceiling = record["ceiling"]
+    peers = {
+        name: PeerResult(
+            _spread(peer) if "median_us" in peer else None, peer.get("reason"), peer["version"]
+        )
+        for name, peer in record["peers"].items()
+    }
+    return Row(
+        **{name: record[name] for name in ("op", "shape", "dtype", "operands", "bytes", "flops")},
+        seconds=_spread(record),
+        bound=Bound(ceiling["seconds"], ceiling["by"], ceiling["unit"]),
+        peers=peers,
+    )
+
+
+def _spread(figures: Mapping[str, Any]) -> Spread:
+    median, p20, p80 = (figures[name] * 1e-6 for name in ("median_us", "p20_us", "p80_us"))
+    return Spread(median, p20, p80, figures["repeats"])
+
+
+def read(file: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a file of lines, the last of each case and dtype, and what its last run was.
+
+    Lines of other benchmarks are passed over. Raises ValueError if there is no row.
+    """
+    rows: dict[str, Row] = {}
+    run: dict[str, Any] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.get("benchmark") == "kernel" and "limits" in record:
+            row = from_dict(record)
+            rows[str(row)] = row
+            run = {name: record[name] for name in ABOUT}
+    if not rows:
+        raise ValueError(f"{file} has no line that `tlk bench kernels --json` wrote")
+    return list(rows.values()), run
 
 
 def to_csv(rows: Iterable[Row], version: str) -> str:
