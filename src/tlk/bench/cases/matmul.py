@@ -49,19 +49,10 @@ def _case(
     ) -> Tensor:
         return matmul_reference(x, weight, bias, activation, residual)
 
-    name = f"M{m}-N{n}-K{k}" + "".join(
-        f"-{part}"
-        for part, there in (
-            ("bias", bias),
-            (activation, activation),
-            ("residual", residual),
-            (backend, backend),
-        )
-        if there
-    )
+    extras = ("bias" if bias else None, activation, "residual" if residual else None, backend)
     return Case(
         "matmul",
-        name,
+        "-".join([f"M{m}-N{n}-K{k}", *filter(None, extras)]),
         inputs,
         run,
         lambda size: (m * k + n * k + m * n * (1 + residual) + n * bias) * size,
