@@ -135,10 +135,13 @@ def test_bad_machine_code_is_refused_with_its_reason():
         {"backend": "triton", "kernel": "dot", "meta": dot | {"num_stages": 2, "BLOCK_N": 24}},
     ]
     trials = [Trial(key(running=16, dims=(256, 4096)), c) for c in configs]
+    gemv = {"BLOCK_N": 8, "PER_SM": 1, "MOST_TILES": 1, "num_warps": 2}
+    configs.append({"backend": "triton", "kernel": "gemv", "meta": gemv})
+    trials.append(Trial(key(dims=(256, 4096)), configs[-1]))
     found = {spelled(t.config): t.refusal for done in compiled(trials, 90, jobs=2) for t in done}
-    fine, small, large, broken = (found[spelled(c)] for c in configs)
+    fine, small, large, broken, spilling = (found[spelled(c)] for c in configs)
     assert fine is None and small is None
-    assert "shared memory" in large and broken
+    assert "shared memory" in large and broken and "spilled" in spilling
 
 
 def test_one_compilation_serves_what_differs_in_its_launch():
