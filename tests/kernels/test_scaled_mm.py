@@ -16,11 +16,9 @@ from tlk.kernels.matmul import activate_reference
 from tlk.kernels.scaled_mm import (
     CUBLAS,
     choose,
-    few_rows_config,
+    default_config,
     scaled_mm,
     scaled_mm_reference,
-    sums_config,
-    tile_config,
 )
 
 # the package shows the function of that name where an import statement would look
@@ -344,7 +342,7 @@ def test_quantized_by_the_kernels_before_it(kind, device):
         (1, "fp8", None, "_dot_kernel"),
         (64, "block", None, "_dot_kernel"),
         (65, "fp8", "triton", "_tma_kernel"),
-        (65, "int8", "triton", "_tma_kernel"),
+        (65, "int8", None, "_tma_kernel"),
         (70, "block", None, "_tma_kernel"),
     ],
 )
@@ -377,12 +375,26 @@ def test_default_choice(arch):
     assert chosen(17, "int8", arch, "cublas") == "cublas"
     assert chosen(17, "int8", arch) == ("cublas" if arch < 80 else "dot")
     assert chosen(65, "int8", arch, "triton") == many
-    assert chosen(65, "int8", arch, k=72) == ("cublas" if arch < 80 else "tile")
+    assert chosen(65, "int8", arch) == ("tma" if arch in (90, 100) else "cublas")
+    assert chosen(65, "int8", arch, k=72) == ("tile" if arch in (90, 100) else "cublas")
     assert chosen(65, "int8", arch, k=70) == ("sums" if arch < 80 else "tile")
     if arch >= 89:
         assert chosen(1, "fp8", arch) == chosen(64, "block", arch) == "dot"
         assert chosen(65, "fp8", arch, "triton") == chosen(65, "block", arch) == many
-        assert chosen(65, "fp8", arch, "cublas") == "cublas"
+        assert chosen(65, "fp8", arch) == "cublas"
+        assert chosen(65, "fp8", arch, n=40) == many
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
+def test_gluon_takes_few_rows_on_sm_90(m, dtype, monkeypatch):
+    monkeypatch.setattr(module, "ring_missing", lambda: None)
+    module.triton_config.cache_clear()
+    config = default_config(90, 132, dtype, (4096, 4096), m)
+    assert config["kernel"] == "ring" and config["meta"]["BLOCK_M"] == max(m, 8)
+    assert default_config(90, 132, dtype, (4096, 4096 + 8), m)["kernel"] == "dot"
+    assert default_config(100, 148, dtype, (4096, 4096), m)["kernel"] == "dot"
+    module.triton_config.cache_clear()
 
 
 def test_sm_75_needs_no_tensor_cores():
@@ -464,12 +476,6 @@ def test_registration(kind, device):
         backend="aot_eager",
     )
     check(compiled(*args), 2 * plain(args, bias, "gelu"), 2 * exact(args, bias, "gelu"))
-
-
-def test_configurations_are_for_the_gpu(device):
-    assert few_rows_config(90, 132, 1, 4096, 4096, False)["meta"]["BLOCK_M"] <= 16
-    assert sums_config(1)["meta"]["BLOCK_M"] == 1
-    assert tile_config(120, True, True)["kernel"] == "tile"
 
 
 def call(args):

@@ -8,6 +8,7 @@ product of 128 columns each, which is then added in float32. Integer sums are ex
 - "dot", few rows: W is the left operand, so that its rows fill the 64 rows of an instruction of sm_90 and
   the few rows of x its 8 or more columns; 1-byte values go through shared memory to the tensor cores and
   are never converted. W streams by once; being a weight, it is asked for before earlier kernels are done.
+- "ring", few rows on sm_90: the same in Gluon (_scaled_sm90.py), with tiles brought by the TMA unit.
 - "tile", many rows of any shape: a tiled matmul in grouped order.
 - "tma", many rows on sm_90 and newer: the same with tiles brought by the TMA unit, in programs that stay.
 - "sums", int8 where Triton has no tensor cores (sm_75): products of integers, added at the end.
@@ -28,6 +29,14 @@ from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _store_outputs
 from tlk.kernels._pdl import allow_next, pdl, prefetch, wait_for_previous
 from tlk.kernels.tuning import Config
+
+try:
+    from tlk.kernels import _scaled_sm90 as hopper
+except ImportError as error:  # Gluon moves between versions of Triton
+    hopper, _import_error = None, str(error)  # type: ignore[assignment]
+
+IN_BOXES = ("ring", "tma")
+"""The kernels that read x and W by the TMA unit."""
 
 BLOCK = tl.constexpr(128)
 
@@ -264,7 +273,7 @@ def launch(
     residual: Tensor | None,
     blockwise: bool,
 ) -> None:
-    """Run the kernel that `config` names; "tma" wants what `in_boxes` says, "sums" int8."""
+    """Run the kernel that `config` names; those `IN_BOXES` want what `in_boxes` says, "sums" int8."""
     (m, n), k = (y.shape[:-1].numel(), y.shape[-1]), weight.shape[1]
     x, x_scale = x.reshape(m, k), x_scale.reshape(m, x_scale.shape[-1])
     stride_residual = 0
@@ -272,6 +281,12 @@ def launch(
         residual = residual.reshape(m, n)
         stride_residual = residual.stride(0)
     kernel, meta = config["kernel"], dict(config["meta"])
+    if kernel == "ring":
+        hopper.launch(
+            meta, x, x_scale, weight, weight_scale, bias, activation, y.view(m, n), residual,
+            stride_residual, blockwise,
+        )  # fmt: skip
+        return
     tiles_m, tiles_n = cdiv(m, meta["BLOCK_M"]), cdiv(n, meta["BLOCK_N"])
     even_k = k % meta["BLOCK_K"] == 0
     outputs = bias, residual, y, m, n, k
@@ -306,3 +321,10 @@ def launch(
 def in_boxes(t: Tensor) -> bool:
     """Whether the TMA unit can read the matrix `t` [rows, columns] of 1-byte values where it lies."""
     return t.shape[-1] % 16 == 0 and t.stride(-2) % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def ring_missing() -> str | None:
+    """Why "ring" cannot run with this Triton, or None; then "dot" runs."""
+    if hopper is None:
+        return f"triton {triton.__version__} has another Gluon: {_import_error}"
+    return hopper.missing()

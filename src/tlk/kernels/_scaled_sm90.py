@@ -24,7 +24,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _activated
 from tlk.kernels._pdl import allow_next, wait_for_previous
-from tlk.kernels.tuning import Config
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 ROWS = gl.constexpr(64)  # of W: those of an instruction
@@ -123,12 +122,12 @@ def missing() -> str | None:
 
 
 def launch(
-    config: Config, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    meta: dict[str, int], x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
     bias: Tensor | None, activation: str | None, y: Tensor, residual: Tensor | None,
     stride_residual: int, blockwise: bool,
 ) -> None:  # fmt: skip
     """Run the kernel on matrices `x` and `y`; with scales of blocks BLOCK_K is 128."""
-    (m, n), k, meta = y.shape, weight.shape[1], dict(config["meta"])
+    (m, n), k = y.shape, weight.shape[1]
     block_m, block_k = meta["BLOCK_M"], meta["BLOCK_K"]
     _few_rows_sm90_kernel[(cdiv(n, ROWS.value), cdiv(m, block_m))](
         _boxes(x, block_m, block_k), x_scale, _boxes(weight, ROWS.value, block_k), weight_scale,

@@ -7,7 +7,7 @@ Scales are float32, one for each row of x and of W, or for float8 one for each 1
 epilogue runs in float32 and y is rounded once. What runs depends on the shape; tables of measured
 configurations (tuning.py) come before these defaults:
 
-- up to `FEW_ROWS` rows ("dot"): tensor cores, with W as the left operand.
+- up to `FEW_ROWS` rows ("ring" on sm_90, "dot"): tensor cores, with W as the left operand.
 - more ("tma" on sm_90 and newer, "tile"): tiled matmuls.
 - "cublas": torch._scaled_mm, or torch._int_mm and one kernel for scales and epilogue. Its float8 sums are
   rounded to bfloat16 before an epilogue other than a bias.
@@ -36,7 +36,7 @@ from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._linear import _activated
 from tlk.kernels._op import op
-from tlk.kernels._scaled import in_boxes, launch
+from tlk.kernels._scaled import IN_BOXES, in_boxes, launch, ring_missing
 from tlk.kernels.act_quant import GROUP, LARGEST, require_fp8
 from tlk.kernels.matmul import ACTIVATIONS, activate_reference
 from tlk.kernels.tuning import Config, lookup
@@ -47,6 +47,8 @@ VERSION = 1  # of the kernels: raise it when measured configurations no longer a
 
 FEW_ROWS = 64  # up to here W is the left operand
 SUM_ROWS = 16  # up to here "sums" serves int8 without tensor cores
+
+RING = 100 * 1024  # bytes of tiles of "ring": two programs of different kernels fit an SM
 
 CUBLAS: Config = {"backend": "cublas"}
 
@@ -111,41 +113,77 @@ def is_blockwise(weight: Tensor, weight_scale: Tensor) -> bool:
     return weight_scale.shape != (weight.shape[0], 1)
 
 
-@lru_cache
-def few_rows_config(arch: int, processors: int, m: int, n: int, k: int, blockwise: bool) -> Config:
-    """The Triton configuration for up to `FEW_ROWS` rows; fits every SM."""
-    block_m = min(max(next_power_of_2(max(m, 1)), 8), 64)
-    memory = (128 if arch in (80, 90, 100) else 80) * 1024
-    meta = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "PREFETCH": 256, "PROMOTE": 128}
-    meta |= {"num_warps": 4, "num_stages": min(memory // ((64 + block_m) * 128), 8)}
-    return {"backend": "triton", "kernel": "dot", "meta": meta}
+def default_config(
+    arch: int,
+    processors: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+    blockwise: bool = False,
+) -> Config:
+    """What runs `running` rows of x and a weight [n, k] = `dims` where no table says anything."""
+    if running > FEW_ROWS and (dtype != torch.int8 or arch not in (90, 100)):
+        return CUBLAS
+    if arch < 80 and running > SUM_ROWS:
+        return CUBLAS
+    return triton_config(arch, processors, dtype, dims, running, blockwise, dims[1] % 16 == 0)
 
 
 @lru_cache
-def sums_config(m: int) -> Config:
-    """The Triton configuration without tensor cores."""
+def triton_config(
+    arch: int,
+    processors: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+    blockwise: bool,
+    boxes: bool,
+) -> Config:
+    """The Triton configuration; fits every SM. `boxes`: the TMA unit can read x and the weight."""
+    if arch < 80:
+        return _config("sums", **_sums_meta(running))
+    if running > FEW_ROWS:
+        return tile_config(arch, boxes, blockwise)
+    if arch == 90 and boxes and ring_missing() is None:
+        return _config("ring", **_ring_meta(running))
+    return _config("dot", **_dot_meta(arch, running))
+
+
+def _config(kernel: str, **meta: int) -> Config:
+    return {"backend": "triton", "kernel": kernel, "meta": meta}
+
+
+def _sums_meta(m: int) -> dict[str, int]:
     block_m = min(next_power_of_2(max(m, 1)), 8)
-    meta = {"BLOCK_M": block_m, "BLOCK_N": 4 if block_m < 4 else 2}
-    meta |= {"BLOCK_K": 2048 if block_m < 4 else 1024, "num_warps": 4}
-    return {"backend": "triton", "kernel": "sums", "meta": meta}
+    blocks = (block_m, 4, 2048) if block_m < 4 else (block_m, 2, 1024)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)) | {"num_warps": 4}
+
+
+def _ring_meta(m: int) -> dict[str, int]:
+    block_m = min(max(next_power_of_2(max(m, 1)), 8), 64)
+    return {"BLOCK_M": block_m, "BLOCK_K": 128, "STAGES": RING // ((64 + block_m) * 128)}
+
+
+def _dot_meta(arch: int, m: int) -> dict[str, int]:
+    block_m = min(max(next_power_of_2(max(m, 1)), 16), 64)
+    memory = (100 if arch in (80, 90, 100) else 80) * 1024
+    meta = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "PREFETCH": 1024, "PROMOTE": 128}
+    return meta | {"num_warps": 4, "num_stages": min(memory // ((64 + block_m) * 128), 10)}
 
 
 @lru_cache
 def tile_config(arch: int, boxes: bool, blockwise: bool) -> Config:
     """The Triton configuration for many rows; fits every SM."""
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
     if arch in (90, 100) and boxes:
-        block = (128, 128, 128)
-        meta = {"PARTS": 1, "FLATTEN": False, "PER_SM": 1, "num_warps": 8, "num_stages": 4}
-        kernel = "tma"
+        values = (128, 128, 128, 8, 3)
+        meta = {"PARTS": 1, "FLATTEN": False, "PER_SM": 2}
+    elif arch in (80, 90, 100):
+        values, meta = (128, 128, 128, 8, 3), {}
     else:
-        block = (128, 128, 128) if arch in (80, 90, 100) else (128, 128, 64)
-        if blockwise:
-            block = (128, 64, 128) if arch not in (80, 90, 100) else block
-        meta = {"num_warps": 8, "num_stages": 3}
-        kernel = "tile"
-    meta |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True))
-    meta |= {"GROUP_M": 8, "PROMOTE": block[2]}
-    return {"backend": "triton", "kernel": kernel, "meta": meta}
+        values, meta = ((128, 64, 128, 8, 3) if blockwise else (128, 128, 64, 8, 3)), {}
+    meta |= dict(zip(names, values, strict=True)) | {"GROUP_M": 8, "PROMOTE": values[2]}
+    return _config("tma" if "PARTS" in meta else "tile", **meta)
 
 
 def cublas_refuses(
@@ -178,25 +216,23 @@ def choose(
             raise UnsupportedError(f'{refusal}: use backend="triton"')
         return CUBLAS
     arch, m, (n, k) = sm(x.device), x.shape[:-1].numel(), weight.shape
+    processors, blockwise = sm_count(x.device), is_blockwise(weight, weight_scale)
     boxes = arch >= 90 and in_boxes(x.reshape(m, k)) and in_boxes(weight)
     if backend is None:
-        config = lookup(kind_of(weight, weight_scale), VERSION, x.device, x.dtype, (n, k), m)
-        if config is not None and _runs(config, boxes, refusal):
+        kind = kind_of(weight, weight_scale)
+        config = lookup(kind, VERSION, x.device, x.dtype, (n, k), m)
+        if config is None:
+            config = default_config(arch, processors, x.dtype, (n, k), m, blockwise)
+        if _runs(config, boxes, refusal):
             return config
-    if arch < 80:
-        few = m <= SUM_ROWS or refusal is not None or backend == "triton"
-        return sums_config(m) if few else CUBLAS
-    blockwise = is_blockwise(weight, weight_scale)
-    if m <= FEW_ROWS:
-        return few_rows_config(arch, sm_count(x.device), m, n, k, blockwise)
-    return tile_config(arch, boxes, blockwise)
+    return triton_config(arch, processors, x.dtype, (n, k), m, blockwise, boxes)
 
 
 def _runs(config: Config, boxes: bool, refusal: str | None) -> bool:
-    """Whether a configuration that was measured on another call serves this one."""
+    """Whether what was chosen by shape serves this call, too."""
     if config["backend"] == "cublas":
         return refusal is None
-    return boxes or config["kernel"] != "tma"
+    return boxes or config["kernel"] not in IN_BOXES
 
 
 def _cublas(
