@@ -155,10 +155,9 @@ def part_heights(decoder: Decoder, name: str, parts: int) -> tuple[int, ...]:
             attention.kv_heads * c.head_dim,
             attention.kv_heads * c.v_head_dim,
         )
-    rows = next(module.parameters()).shape[0]
-    if isinstance(module, Linear):
-        rows = module.out_features
-    return (rows // parts,) * parts
+    if isinstance(module, Linear):  # its weight may not be there yet
+        return (module.out_features // parts,) * parts
+    return (next(module.parameters()).shape[0] // parts,) * parts
 
 
 def _part(place: Place) -> tuple[slice, ...]:

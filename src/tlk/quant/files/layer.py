@@ -10,7 +10,7 @@ from torch import Tensor
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.quant.codes import pack_nibbles
 from tlk.quant.format import Format, Packed
-from tlk.quant.int4 import MIDDLE, Int4
+from tlk.quant.int4 import GROUP_SIZES, MIDDLE, Int4
 from tlk.quant.int8 import Int8Weight
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -130,7 +130,7 @@ def integers(
     """
     scale, zero = finer_groups(module, codes.shape[1], scale, zero)
     k, groups = codes.shape[1], scale.shape[1]
-    group_size = None if groups == 1 else k // groups
+    group_size = k // groups if k // groups in GROUP_SIZES else None
     packed: Packed = {"scale": scale.contiguous()}
     symmetric = zero is None
     format: Format
