@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from tlk.quantize.calibration import calibration
+from tlk.quantize.calibration import read_calibration
 
 
 def encode(text):
@@ -11,7 +11,7 @@ def encode(text):
 
 
 def ids(data, **options):
-    return calibration(data, encode, vocab_size=64, **options)
+    return read_calibration(data, encode, vocab_size=64, **options)
 
 
 def test_texts_are_joined_and_cut():
@@ -93,6 +93,6 @@ def test_a_bad_line_is_named(line, message, tmp_path):
 
 def test_texts_need_a_tokenizer():
     with pytest.raises(ValueError, match="there is no tokenizer for texts"):
-        calibration(["abc"], None, vocab_size=64)
+        read_calibration(["abc"], None, vocab_size=64)
     with pytest.raises(ValueError, match="calibration samples must be at least 1, got 0"):
         ids(["abc"], samples=0)

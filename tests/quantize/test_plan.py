@@ -77,5 +77,5 @@ def test_nothing_to_quantize_is_an_error():
 
 def test_a_misspelt_name_is_an_error():
     made, sources = decoder()
-    with pytest.raises(ValueError, match="got 'model.layers.0.self_attn.w_proj'"):
+    with pytest.raises(ValueError, match=r"got 'model\.layers\.0\.self_attn\.w_proj'"):
         planned(made, sources, ignore=["lm_head", "model.layers.0.self_attn.w_proj"])

@@ -25,7 +25,7 @@ class Calibration:
         return self.ids.numel()
 
 
-def calibration(
+def read_calibration(
     data: Any,
     encode: Encode | None,
     *,

@@ -23,11 +23,13 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """targets: by the decoder's name of the layer. kept: the checkpoint's modules that stay in 16
-    bit though no one asked for it, and why. layers: of the decoder. method: of most targets.
+    bit though no one asked for it, and why. linears: all linear layers by the checkpoint's names.
+    layers: how many the decoder has. method: of most targets.
     """
 
     targets: Mapping[str, Target]
     kept: Mapping[str, str]
+    linears: tuple[str, ...]
     layers: int
     method: str
 
@@ -47,10 +49,10 @@ def plan(
     """
     targets: dict[str, Target] = {}
     kept: dict[str, str] = {}
-    seen: set[str] = set()
+    seen: list[str] = []
     for name, linear in linears(decoder).items():
         modules = tuple(key.removesuffix(".weight") for key in sources[f"{name}.weight"])
-        seen |= set(modules)
+        seen += modules
         found = [config_of(config, module) for module in modules]
         if any(f != found[0] for f in found[1:]):
             raise ValueError(
@@ -63,14 +65,14 @@ def plan(
             kept |= dict.fromkeys(modules, reason)
         else:
             targets[name] = Target(modules, heights, own, own.format)
-    _check_names(config, seen)
+    _check_names(config, set(seen))
     if kept and strict:
         what = "; ".join(f"{module}: {reason}" for module, reason in kept.items())
         raise UnsupportedError(f"layers that {config.method} cannot hold: {what}")
     if not targets:
         why = "; ".join(f"{m}: {reason}" for m, reason in kept.items()) or "all is ignored"
         raise UnsupportedError(f"{config.method} would quantize nothing: {why}")
-    return Plan(targets, kept, len(decoder.layers), config.method)
+    return Plan(targets, kept, tuple(seen), len(decoder.layers), config.method)
 
 
 def _refusal(format: Format, heights: tuple[int, ...], k: int) -> str | None:

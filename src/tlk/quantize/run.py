@@ -67,21 +67,21 @@ def run(
     """
     started = time.perf_counter()
     _reset_memory(device)
-    found, by_layer = Quantized(), _by_layer(plan)
+    found, targets = Quantized(), by_layer(plan)
     stream = None if data is None else Stream.start(decoder.embedding, data.ids, device)
     if stream is not None:
         for rope in cast(Iterable[RotaryEmbedding], decoder.ropes):
             rope.prepare(stream.x.shape[1], device)
     count = len(decoder.layers)
-    steps = range(count + (count in by_layer))
+    steps = range(count + (count in targets))
     bar = tqdm(steps, desc=plan.method, unit="layer", disable=not progress)
     for i in bar:
         result = load(i)
         if result is None:
-            result = _quantize(decoder, i, by_layer.get(i, {}), stream, kv_dtype is not None)
+            result = _quantize(decoder, i, targets.get(i, {}), stream, kv_dtype is not None)
         elif stream is not None and i < count:
             calibrate_layer(cast(DecoderLayer, decoder.layers[i]), {}, stream)
-        _note(found, result, by_layer.get(i, {}), kv_dtype)
+        _note(found, result, targets.get(i, {}), kv_dtype)
         done(i, result)
         bar.set_postfix_str(_told(result, device))
     found.seconds, found.memory = time.perf_counter() - started, _memory(device)
@@ -103,7 +103,7 @@ def _quantize(
     return calibrate_head(head, decoder.final_norm, targets["lm_head"], stream)
 
 
-def _by_layer(plan: Plan) -> dict[int, dict[str, Target]]:
+def by_layer(plan: Plan) -> dict[int, dict[str, Target]]:
     """The targets of each layer by their names in it; the head's come after the last layer's."""
     found: dict[int, dict[str, Target]] = {}
     for name, target in plan.targets.items():
