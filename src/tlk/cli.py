@@ -14,6 +14,7 @@ from tlk.demo import compare, generate
 from tlk.errors import TlkError
 from tlk.hf.weights import DTYPES
 from tlk.optimize import optimize
+from tlk.quantize import command as quantize_command
 from tlk.verify import verify
 
 
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("model", help="a folder or a hub id")
     _add_place(check, "auto")
     check.set_defaults(run=_verify)
+
+    quantizing = commands.add_parser("quantize", help="write a checkpoint in 4 or 8 bits")
+    quantize_command.add_arguments(quantizing)
+    quantizing.set_defaults(run=quantize_command.run)
 
     bench = commands.add_parser("bench", help="measure kernels and the engine, beside their limits")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)

@@ -38,6 +38,7 @@ def quantize(
     symmetric: bool | None = None,
     ignore: Sequence[str] | None = None,
     per_layer: Mapping[str, Any] | None = None,
+    double_quant: bool = False,
     kv_cache_dtype: str | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
@@ -62,7 +63,14 @@ def quantize(
     Raises ValueError for arguments that do not fit, CheckpointError and UnsupportedError for a source that
     cannot be quantized, FileExistsError if `out` is there already. `source` is only read.
     """
-    config = _config(method, group_size, symmetric, ignore, per_layer, calibration)
+    fields: dict[str, Any] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "ignore": ignore,
+        "per_layer": per_layer,
+        "double_quant": double_quant or None,
+    }
+    config = _config(method, calibration, fields)
     out, place = Path(out).expanduser(), _device(device)
     _check(config, kv_cache_dtype, out)
     with stream(source) as found:
@@ -83,13 +91,7 @@ def quantize(
     return report | {"format": layout}
 
 
-def _config(
-    method: str | QuantConfig, group_size: int | None, symmetric: bool | None,
-    ignore: Sequence[str] | None, per_layer: Mapping[str, Any] | None, data: Any,
-) -> QuantConfig:  # fmt: skip
-    fields: dict[str, Any] = {
-        "group_size": group_size, "symmetric": symmetric, "ignore": ignore, "per_layer": per_layer
-    }  # fmt: skip
+def _config(method: str | QuantConfig, data: Any, fields: dict[str, Any]) -> QuantConfig:
     given = {name: value for name, value in fields.items() if value is not None}
     if not isinstance(method, QuantConfig):
         return QuantConfig(method, calibration=data, **given)
