@@ -214,9 +214,9 @@ def test_ties_at_a_threshold_are_all_kept(device, small_tiles):
     threshold = threshold_reference(values.expand(4, -1), *rows)
     assert (values >= threshold[:, None]).sum(-1).tolist() == kept
     # each distinct value fills lanes, so that nothing but the row search can count it
-    logits = values.repeat(80).to(device)[torch.randperm(640, device=device)].expand(4, -1)
+    logits = values.repeat(80).to(device)[torch.randperm(640, device=device)].expand(15, -1)
     settings = [(9.0, 200, 1.0, 0.0), (9.0, 0, 0.5, 0.0), (9.0, 300, 0.9, 0.0), (9.0, 0, 1.0, 0.8)]
-    agrees(logits, requests(settings, device))
+    agrees(logits, requests([*settings, (9.0, 600, 1.0, 0.8)] * 3, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
