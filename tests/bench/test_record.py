@@ -133,5 +133,7 @@ def test_the_commit_of_a_folder(tmp_path):
     git("add", "file")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first")
     assert len(commit(tmp_path)) == 40
+    (tmp_path / "site-packages").mkdir()
+    assert commit(tmp_path / "site-packages") is None
     (tmp_path / "file").write_text("2")
     assert commit(tmp_path).endswith("-dirty")

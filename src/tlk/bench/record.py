@@ -154,17 +154,25 @@ def gpu_slug(name: str) -> str:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that `folder` is at, "-dirty" if tracked files differ; None outside of a repository."""
+    """The commit that `folder` is at, "-dirty" if tracked files differ.
+
+    None outside of a repository, and in one that does not track the folder: the site-packages of
+    somebody else's project.
+    """
     try:
         run = [
             subprocess.run(
                 ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+            for command in (
+                ["ls-files", "--error-unmatch", "."],
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "-uno"],
+            )
         ]
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run[0] + ("-dirty" if run[1] else "")
+    return run[1] + ("-dirty" if run[2] else "")
 
 
 def append(
