@@ -80,8 +80,9 @@ def plan(
     sources: what `weight_sources` says of the dense decoder. Keys without a place are called dense, for
     `check_weights` to refuse. Raises CheckpointError where config and tensors disagree about a layer.
     """
+    cache, theirs = _cache_keys(decoder, sources, keys)
     if scheme is None:
-        return Plan(None, sources, frozenset(keys))
+        return Plan(None, sources, frozenset(keys) - theirs, cache=cache)
     layers, dense = {}, dict(sources)
     for name, linear in linears(decoder).items():
         parts = [key.removesuffix(".weight") for key in sources[f"{name}.weight"]]
@@ -90,14 +91,16 @@ def plan(
             layers[name] = found
             del dense[f"{name}.weight"]
             linear.store(DENSE, {})
-    if not layers:
+    if not layers and not theirs:
         raise CheckpointError(
             f"{folder} says that it is quantized with {scheme.method}, but no layer of it is"
         )
     placed = {
-        f"{part}.{s}" for found in layers.values() for part, all_ in found.items() for s in all_
+        f"{part}.{suffix}"
+        for found in layers.values()
+        for part, suffixes in found.items()
+        for suffix in suffixes
     }
-    cache, theirs = _cache_keys(decoder, sources, keys)
     return Plan(scheme, dense, frozenset(keys) - placed - theirs, layers, cache)
 
 

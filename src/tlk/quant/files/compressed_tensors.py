@@ -91,7 +91,7 @@ def scheme(fields: Mapping[str, Any]) -> CompressedTensors:
             raise UnsupportedError(f"compressed-tensors with a {key} is not read by tlk: {value}")
     top = fields.get("format")
     groups = tuple(_group(name, g, top) for name, g in (fields.get("config_groups") or {}).items())
-    if not groups:
+    if not groups and not fields.get("kv_cache_scheme"):  # it may be the cache alone
         raise UnsupportedError(
             "compressed-tensors without config_groups: nothing says what is stored"
         )

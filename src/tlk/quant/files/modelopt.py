@@ -75,6 +75,8 @@ def scheme(fields: Mapping[str, Any]) -> ModelOpt:
         raise UnsupportedError(
             f"modelopt {MIXED} without quantized_layers: nothing says what is stored"
         )
+    if own.get("quant_algo") is None and own.get("kv_cache_quant_algo"):
+        return ModelOpt(MIXED)  # the cache alone
     for one in [*algorithms.values()] if algorithm == MIXED else [algorithm]:
         if one not in READERS:
             known = ", ".join([*READERS, MIXED])
