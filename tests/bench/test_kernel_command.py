@@ -8,7 +8,8 @@ import torch
 
 from tests.bench.rows import row
 from tlk.bench import kernel_command, kernel_page
-from tlk.bench.case import Case
+from tlk.bench.case import Case, load_cases
+from tlk.bench.goals import GOALS
 from tlk.bench.kernel_command import KernelOptions, add_arguments, run, select
 from tlk.bench.kernels import WrongResultError
 from tlk.bench.limits import Limits
@@ -58,6 +59,17 @@ def test_which_cases():
         names(pattern="T9")
 
 
+def test_cases_of_goals(monkeypatch):
+    monkeypatch.setattr(kernel_command, "load_cases", load_cases)
+    found = names(goals=True)
+    assert found == [
+        case for case in names() if case in {f"{g.op}-{s}" for g in GOALS for s in g.shapes}
+    ]
+    assert len(found) == sum(len(goal.shapes) for goal in GOALS)
+    with pytest.raises(ValueError, match="filter must match a case"):
+        names(goals=True, names=["gptq_block"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -73,7 +85,7 @@ def test_bad_options(options, message):
 
 def test_a_recorded_command_parses_to_what_was_measured():
     options = KernelOptions(
-        names=("norm", "turn"), pattern="T1|T8", peers=("flashinfer", "torch"), dtype="float16", repeats=3
+        names=("norm", "turn"), pattern="T1|T8", goals=True, peers=("flashinfer", "torch"), dtype="float16", repeats=3
     )  # fmt: skip
     words = shlex.split(options.command())
     values = parse(*words[3:])

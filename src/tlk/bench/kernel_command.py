@@ -36,6 +36,7 @@ class KernelOptions:
 
     names: Sequence[str] = ()
     pattern: str | None = None
+    goals: bool = False
     peers: Sequence[str] | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -61,6 +62,7 @@ class KernelOptions:
         flags = {"filter": self.pattern, "device": self.device, "dtype": self.dtype}
         for name, value in flags.items():
             words += [f"--{name}", value] if value not in (None, "auto") else []
+        words += ["--goals"] if self.goals else []
         words += ["--peers", *self.peers] if self.peers is not None else []
         words += ["--repeats", str(self.repeats)] if self.repeats != 20 else []
         return shlex.join(words)
@@ -81,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filter", dest="pattern", metavar="REGEX", help="only cases in whose op-shape it is found"
     )
+    parser.add_argument("--goals", action="store_true", help="only cases that a goal is about")
     parser.add_argument(
         "--peers", nargs="*", metavar="PEER", help="only peers whose names contain one of these"
     )
@@ -170,6 +173,9 @@ def select(chosen: KernelOptions) -> list[Case]:
         if not names or module in names or case.op in names
     ]
     found = [case for case in cases if re.search(chosen.pattern or "", str(case))]
+    if chosen.goals:
+        named = {f"{goal.op}-{shape}" for goal in GOALS for shape in goal.shapes}
+        found = [case for case in found if str(case) in named]
     if not found:
         raise ValueError(f"filter must match a case, got {chosen.pattern!r}: --list names them")
     return found
