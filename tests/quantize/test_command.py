@@ -45,21 +45,21 @@ def test_every_option_is_handed_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(command, "quantize", quantize)
     options = (
-        "--method nf4 --calibration c --group-size 32 --zero-points --double-quant --samples 3 "
+        "--method nf4 --calibration c --group-size 32 --zero-points --double-quant --static --samples 3 "
         "--length 5 --ignore a re:b --format bitsandbytes --kv-cache-dtype int8 --device cpu "
         "--strict --no-resume"
     )
     assert main(["quantize", "m", str(tmp_path), *options.split()]) == 0
     assert seen == {
         "source": "m", "out": tmp_path, "method": "nf4", "calibration": "c", "group_size": 32,
-        "symmetric": False, "double_quant": True, "samples": 3, "length": 5,
+        "symmetric": False, "double_quant": True, "static": True, "samples": 3, "length": 5,
         "ignore": ["a", "re:b"], "format": "bitsandbytes", "kv_cache_dtype": "int8",
         "device": "cpu", "strict": True, "resume": False,
     }  # fmt: skip
     assert main(["quantize", "m", str(tmp_path), "--method", "int4"]) == 0
     for name in ("calibration", "group_size", "symmetric", "ignore", "format", "kv_cache_dtype"):
         assert seen[name] is None, name
-    assert seen["resume"] and not seen["strict"] and not seen["double_quant"]
+    assert seen["resume"] and not seen["strict"] and seen["double_quant"] is None
 
 
 def test_the_summary_names_what_did_not_go_as_asked(tmp_path):

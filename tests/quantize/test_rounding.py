@@ -75,6 +75,24 @@ def test_rounded_activations_count(method, rounding):
     assert 0.002 < report["output_error"] < 0.2
 
 
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_static_activations_take_the_range_that_was_seen(method):
+    w, x = problem()
+    t, inputs = target(method, static=True), seen(x)
+    found = round_linear(w, t, torch.float32, inputs)
+    scale = found.packed["input_scale"]
+    largest = 127 if method == "int8" else 448
+    assert scale.shape == (1, 1) and float(scale) == pytest.approx(float(x.abs().max()) / largest)
+    dynamic = round_linear(w, target(method), torch.float32, inputs)
+    assert (
+        found.reports[0]["output_error"]
+        > (1.01 if method == "fp8" else 1.05) * dynamic.reports[0]["output_error"]
+    )
+    assert torch.equal(found.packed["scale"], dynamic.packed["scale"])
+    with pytest.raises(ValueError, match=f"calibration must be given for static {method}"):
+        round_linear(w, t, torch.float32, None)
+
+
 def test_without_a_positive_definite_hessian_it_rounds_and_says_so():
     w, x = problem()
     t, inputs = target("int4-gptq"), seen(x)

@@ -6,7 +6,7 @@ from tests.quantize.tiny import data, decoder, planned
 from tlk.models.decoder import linears
 from tlk.quant.config import QuantConfig
 from tlk.quant.format import DENSE, fuse
-from tlk.quantize.run import data_is_needed, kv_scale, parts, run
+from tlk.quantize.run import data_is_needed, parts, run
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,6 @@ def test_scales_of_an_8_bit_cache():
     _, _, other = quantized(kv_dtype="fp8")
     ratio = other.kv_scales[1][0] / found.kv_scales[1][0]
     assert torch.allclose(ratio, torch.full((2,), 127 / 448))
-    assert kv_scale(torch.tensor([0.0, 127.0]), "int8").tolist() == [1.0, 1.0]
     assert quantized()[2].kv_scales == []
 
 
@@ -112,6 +111,8 @@ def test_which_methods_need_data():
     for value in ("int4-awq", QuantConfig("int4-awq")):
         assert data_is_needed(QuantConfig("fp8", per_layer={"re:.*down": value}))
     assert not data_is_needed(QuantConfig("fp8", per_layer={"re:.*down": None}))
+    assert data_is_needed(QuantConfig("fp8", static=True))
+    assert data_is_needed(QuantConfig("nf4", per_layer={"a": QuantConfig("fp8", static=True)}))
 
 
 def test_progress_tells_error_time_and_memory(capsys):

@@ -41,7 +41,8 @@ class QuantConfig:
     8 bit. ignore, and the keys of per_layer: a module's name, its class's name, or "re:" and a regular
     expression that the beginning of a module's name must match. per_layer: another method, or
     another config, for some modules, or None for 16 bit; the first key that matches counts, after
-    ignore. calibration: texts, a JSONL file's path, or token ids [n, length].
+    ignore. calibration: texts, a JSONL file's path, or token ids [n, length]. static: int8 and fp8
+    round all activations of a layer with one scale from the calibration data, not with one a row.
 
     Raises ValueError, naming the field, for what the method does not have.
     """
@@ -53,6 +54,7 @@ class QuantConfig:
     per_layer: Mapping[str, "str | QuantConfig | None"] = field(default_factory=dict)
     calibration: Any = None
     double_quant: bool = False
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -83,6 +85,10 @@ class QuantConfig:
             if not isinstance(format, TableFormat):
                 raise ValueError(f"double_quant is of nf4 and fp4, not of {self.method}")
             format = replace(format, nested=True)
+        if self.static:
+            if not isinstance(format, Int8 | Fp8) or format.block:
+                raise ValueError(f"static is of int8 and fp8, not of {self.method}")
+            format = replace(format, static=True)
         return format
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +103,7 @@ class QuantConfig:
                 for key, value in self.per_layer.items()
             },
             "double_quant": self.double_quant,
+            "static": self.static,
         }
 
 
@@ -109,7 +116,7 @@ def config_of(
     for key, value in config.per_layer.items():
         if matches(key, module_name, class_name):
             return replace(config, method=value, group_size=None, symmetric=None, per_layer={},
-                           double_quant=False) if isinstance(value, str) else value  # fmt: skip
+                           double_quant=False, static=False) if isinstance(value, str) else value  # fmt: skip
     return config
 
 

@@ -35,15 +35,3 @@ def candidates(x_amax: Tensor, w_amax: Tensor) -> Iterator[Candidate]:
     yield None, torch.ones_like(x_amax, dtype=torch.float32)
     for alpha in ALPHAS:
         yield alpha, smooth_scale(x_amax, w_amax, alpha)
-
-
-def fake_quantized(x: Tensor, largest: float, step: float | None) -> Tensor:
-    """`x` [..., K] float32 as dynamic 8-bit activations of a scale per row hold it.
-
-    largest: 127 or 448, which the largest |x| of a row becomes. step: 1 for integers; None: E4M3.
-    """
-    scale = x.abs().amax(-1, keepdim=True) / largest
-    scale = torch.where(scale == 0, 1.0, scale)
-    units = (x / scale).clamp(-largest, largest)
-    codes = units.to(torch.float8_e4m3fn).float() if step is None else (units / step).round() * step
-    return codes * scale

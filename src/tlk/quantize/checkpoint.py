@@ -25,7 +25,7 @@ from tlk.quant.format import Format
 from tlk.quantize.calibration import LENGTH, SAMPLES, Calibration, read_calibration
 from tlk.quantize.pieces import Pieces
 from tlk.quantize.plan import Plan, plan
-from tlk.quantize.run import KV_LARGEST, Quantized, data_is_needed, run
+from tlk.quantize.run import KV_DTYPES, Quantized, data_is_needed, run
 
 
 def quantize(
@@ -38,7 +38,8 @@ def quantize(
     symmetric: bool | None = None,
     ignore: Sequence[str] | None = None,
     per_layer: Mapping[str, Any] | None = None,
-    double_quant: bool = False,
+    double_quant: bool | None = None,
+    static: bool | None = None,
     kv_cache_dtype: str | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
@@ -68,7 +69,8 @@ def quantize(
         "symmetric": symmetric,
         "ignore": ignore,
         "per_layer": per_layer,
-        "double_quant": double_quant or None,
+        "double_quant": double_quant,
+        "static": static,
     }
     config = _config(method, calibration, fields)
     out, place = Path(out).expanduser(), _device(device)
@@ -105,9 +107,9 @@ def _config(method: str | QuantConfig, data: Any, fields: dict[str, Any]) -> Qua
 
 
 def _check(config: QuantConfig, kv_cache_dtype: str | None, out: Path) -> None:
-    if kv_cache_dtype is not None and kv_cache_dtype not in KV_LARGEST:
+    if kv_cache_dtype is not None and kv_cache_dtype not in KV_DTYPES:
         raise ValueError(
-            f"kv_cache_dtype must be None or one of {', '.join(KV_LARGEST)}, got {kv_cache_dtype!r}"
+            f"kv_cache_dtype must be None or one of {', '.join(KV_DTYPES)}, got {kv_cache_dtype!r}"
         )
     if config.calibration is None:
         if data_is_needed(config):

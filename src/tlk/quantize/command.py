@@ -7,7 +7,7 @@ from typing import Any
 from tlk.quant.config import METHODS
 from tlk.quantize.calibration import LENGTH, SAMPLES
 from tlk.quantize.checkpoint import quantize
-from tlk.quantize.run import KV_LARGEST
+from tlk.quantize.run import KV_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the checkpoint, where there is a choice",
     )  # fmt: skip
     parser.add_argument(
-        "--kv-cache-dtype", choices=tuple(KV_LARGEST), help="find scales for a cache of 8 bits too"
+        "--kv-cache-dtype", choices=tuple(KV_DTYPES), help="find scales for a cache of 8 bits too"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -53,7 +53,10 @@ def add_method(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--zero-points", action="store_false", dest="symmetric", help="with zero points"
     )
     parser.add_argument(
-        "--double-quant", action="store_true", help="scales of nf4 and fp4 in 8 bits"
+        "--double-quant", action="store_true", default=None, help="scales of nf4 and fp4 in 8 bits"
+    )
+    parser.add_argument(
+        "--static", action="store_true", default=None, help="one scale for all inputs of a layer"
     )
 
 

@@ -14,9 +14,10 @@ from tlk.quant.fp4 import MXFP4, NVFP4, e8m0
 from tlk.quant.fp4_search import mx_scales, nv_scales
 from tlk.quant.gptq import Indefinite, Lattice, gptq
 from tlk.quant.int4 import MIDDLE, Int4
-from tlk.quant.int8 import Int8, Int8Weight
+from tlk.quant.int8 import Int8Weight
 from tlk.quant.observe import Inputs
-from tlk.quant.smoothquant import fake_quantized
+from tlk.quant.ranges import input_scale
+from tlk.quant.ranges import rounded as rounded_inputs
 from tlk.quantize.plan import Target
 
 GPTQ = ("int4-gptq", "fp4-mx", "fp4-nv")
@@ -55,6 +56,11 @@ def round_linear(
         if clip and inputs is not None:
             rounded = awq.clipped(weight, inputs.rows, format, dtype)
         packed = nearest(rounded, target, dtype)
+    if target.config.static:
+        if inputs is None:
+            raise ValueError(f"calibration must be given for static {method}")
+        assert format.act is not None
+        packed["input_scale"] = input_scale(inputs.amax, format.act, dtype)
     return Rounded(packed, _reports(weight, packed, target, inputs, report))
 
 
@@ -67,7 +73,9 @@ def _reports(
     if inputs is not None:
         x = inputs.rows.float()
         exact = F.linear(x, weight)
-        off = F.linear(_rounded_inputs(x, target.format), values) - exact
+        act = target.format.act
+        seen = x if act is None else rounded_inputs(x, act, packed.get("input_scale"))
+        off = F.linear(seen, values) - exact
         errors["output_error"] = _relative(off.T, exact.T, target.heights)
     return tuple(
         report | {name: of_parts[i] for name, of_parts in errors.items()}
@@ -125,15 +133,6 @@ def _lattice(
         lattice = Lattice(small.float() * each, None, "e2m1")
         return lattice, lambda values: format.encode(values, small, each)
     raise TypeError(f"format must have a lattice that GPTQ knows, got {format}")
-
-
-def _rounded_inputs(x: Tensor, format: Format) -> Tensor:
-    """`x` as the kernels of `format` see it."""
-    if format.act is None:
-        return x
-    if isinstance(format, Int8):
-        return fake_quantized(x, 127.0, 1.0)
-    return fake_quantized(x, 448.0, None)
 
 
 def _relative(difference: Tensor, whole: Tensor, heights: tuple[int, ...]) -> list[float]:

@@ -15,11 +15,12 @@ from tlk.models.decoder import Decoder, DecoderLayer
 from tlk.models.rope import RotaryEmbedding
 from tlk.quant.config import CALIBRATED, QuantConfig
 from tlk.quant.format import Packed, rows
+from tlk.quant.ranges import scale_of
 from tlk.quantize.calibration import Calibration
 from tlk.quantize.layers import LayerResult, Stream, calibrate_head, calibrate_layer, quantize_layer
 from tlk.quantize.plan import Plan, Target
 
-KV_LARGEST = {"fp8": 448.0, "int8": 127.0}
+KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(slots=True)
@@ -38,11 +39,14 @@ class Quantized:
 
 
 def data_is_needed(config: QuantConfig) -> bool:
-    """Whether a method that `config` names cannot do without calibration data."""
-    methods = {config.method}
-    for value in config.per_layer.values():
-        methods |= {value.method if isinstance(value, QuantConfig) else value or config.method}
-    return bool(methods & set(CALIBRATED))
+    """Whether something that `config` names cannot do without calibration data."""
+    if config.static or config.method in CALIBRATED:
+        return True
+    others = config.per_layer.values()
+    return any(
+        data_is_needed(other) if isinstance(other, QuantConfig) else other in CALIBRATED
+        for other in others
+    )
 
 
 def run(
@@ -119,13 +123,8 @@ def _note(
     for name, target in targets.items():
         found.report |= zip(target.modules, result.reports[name], strict=True)
     if kv_dtype is not None and result.kv_amax is not None:
-        k, v = (kv_scale(amax, kv_dtype) for amax in result.kv_amax)
+        k, v = (scale_of(amax, KV_DTYPES[kv_dtype]) for amax in result.kv_amax)
         found.kv_scales.append((k, v))
-
-
-def kv_scale(amax: Tensor, kv_dtype: str) -> Tensor:
-    """The scale float32 [Hk] of heads whose largest entries are `amax`; 1 for heads of zeros."""
-    return torch.where(amax > 0, amax.float() / KV_LARGEST[kv_dtype], 1.0)
 
 
 def parts(result: LayerResult, targets: Mapping[str, Target]) -> dict[str, Packed]:

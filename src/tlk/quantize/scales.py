@@ -10,6 +10,7 @@ from tlk.models.layers import LayerNorm, Linear, RMSNorm
 from tlk.quant import awq, smoothquant
 from tlk.quant.format import DENSE
 from tlk.quant.observe import Inputs
+from tlk.quant.ranges import input_scale, rounded
 from tlk.quant.scaling import Choice, best
 from tlk.quantize.half import Half
 from tlk.quantize.plan import Target
@@ -61,11 +62,19 @@ def _smooth(weight: Tensor, target: Target, inputs: Inputs, dtype: torch.dtype) 
     exact = F.linear(x, weight)
 
     def loss(scale: Tensor) -> float:
-        values = target.format.dequantize(nearest(weight * scale, target, dtype))
-        seen = smoothquant.fake_quantized(x / scale, 127.0, 1.0)
+        packed = nearest(weight * scale, target, dtype)
+        seen = rounded(x / scale, torch.int8, _fixed(inputs, scale, target, dtype))
+        values = target.format.dequantize(packed)
         return float((F.linear(seen, values) - exact).square().sum())
 
     return best(smoothquant.candidates(inputs.amax, weight.abs().amax(0)), loss)
+
+
+def _fixed(inputs: Inputs, scale: Tensor, target: Target, dtype: torch.dtype) -> Tensor | None:
+    """The one scale of static activations, of inputs divided by `scale`; None if each row has its own."""
+    if not target.config.static:
+        return None
+    return input_scale(inputs.amax / scale, torch.int8, dtype)
 
 
 def _rounded(weight: Tensor, scale: Tensor, target: Target, dtype: torch.dtype) -> Tensor:
