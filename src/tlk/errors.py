@@ -23,3 +23,7 @@ class EngineError(TlkError, RuntimeError):
 
 class FallbackWarning(UserWarning):
     """A part of a model runs on PyTorch instead of tlk's kernels; the message says why."""
+
+
+class UncalibratedWarning(UserWarning):
+    """An 8-bit cache has scales that nobody measured; the message says of how many layers."""

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tlk.kernels._op import count_ops
-from tlk.models.batch import Batch, KVCache, PagedKV, group_specs
+from tlk.models.batch import Batch, KVCache, PagedKV, Scales, group_specs
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, load_weights, weight_sources
 
@@ -59,7 +59,13 @@ Steps = Sequence[Sequence[tuple[int, int]]]
 class Pages:
     """The bookkeeping of a cache: which pages, in shuffled order, hold which sequence."""
 
-    def __init__(self, specs: Sequence[PagedKV], lengths: Sequence[int], device: str) -> None:
+    def __init__(
+        self,
+        specs: Sequence[PagedKV],
+        lengths: Sequence[int],
+        device: str,
+        scales: Sequence[Scales | None] | None = None,
+    ) -> None:
         self.groups, _ = group_specs(specs)
         self.page = self.groups[0].page_size
         self.done = [0] * len(lengths)
@@ -71,7 +77,7 @@ class Pages:
             for _ in self.groups
         ]
         self.device = device
-        self.cache = KVCache.allocate(specs, [count] * len(self.groups), device)
+        self.cache = KVCache.allocate(specs, [count] * len(self.groups), device, scales)
 
     def step(self, chunks: Sequence[tuple[int, int]], padding: int = 0) -> Batch:
         """A batch of the next `n` tokens of every (sequence, n), and `padding` rows."""
@@ -107,11 +113,13 @@ def paged_logits(
     page_size: int = 4,
     padding: int = 0,
     device: str = "cpu",
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The logits of every sequence's tokens, after running `steps` of (sequence, tokens)."""
-    dtype = decoder.embedding.weight.dtype
+    dtype = kv_dtype or decoder.embedding.weight.dtype
     lengths = [len(s) for s in sequences]
-    pages = Pages(decoder.cache_specs(dtype, page_size), lengths, device)
+    specs = decoder.cache_specs(dtype, page_size)
+    pages = Pages(specs, lengths, device, decoder.cache_scales(dtype))
     out: list[list[Tensor]] = [[] for _ in sequences]
     for chunks in steps:
         starts = list(pages.done)

@@ -17,6 +17,7 @@ from tlk.models.batch import PagedKV
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.models.layers import Linear
+from tlk.runtime.options import kv_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,6 +54,7 @@ class Binding:
     family: str
     decoder: Decoder
     device: torch.device
+    dtype: torch.dtype  # of the weights that are not quantized
     fused: tuple[tuple[str, ...], ...]  # names of the model's parameters that share a storage
     watched: tuple[Watched, ...]
     specs: tuple[PagedKV, ...]  # what each layer keeps of every token
@@ -68,7 +70,7 @@ class Binding:
         return next((w.name for w in self.watched if w.hooked()), None)
 
 
-def bind(model: nn.Module) -> Binding:
+def bind(model: nn.Module, kv_cache_dtype: str = "auto") -> Binding:
     """Build tlk's decoder on the weights of `model`, fusing them in place.
 
     Raises UnsupportedError, before anything has changed, naming the module that tlk cannot run.
@@ -92,11 +94,12 @@ def bind(model: nn.Module) -> Binding:
         if len(parts) > 1:
             fused.append(parts)
     decoder.load_state_dict(weights, strict=True, assign=True)
-    specs = tuple(decoder.cache_specs(some.dtype))
+    specs = tuple(decoder.cache_specs(kv_dtype(kv_cache_dtype, some.dtype)))
     return Binding(
         family=family_name,
         decoder=decoder.eval(),
         device=some.device,
+        dtype=some.dtype,
         fused=tuple(fused),
         watched=tuple(_watch(model)),
         specs=specs,

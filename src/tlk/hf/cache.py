@@ -6,28 +6,39 @@ slot, and a mask remembers where transformers believes it to be.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from tlk.kernels._kv_codes import as_bytes, decode_reference
 from tlk.kernels.kv_cache import write_kv_
-from tlk.models.batch import KVCache, LayerKV, PagedKV, group_specs
+from tlk.models.batch import KVCache, PagedKV, Scales, group_specs
 
 
 class PagedCache(Cache):
     """The keys and values of a batch of sequences, in the pages that `paged_attention` reads.
 
     Growing copies the pages; `reserve` ahead avoids that. Beam reordering, cropping, batch
-    selection and deep copies work as for `transformers.DynamicCache`.
+    selection and deep copies work as for `transformers.DynamicCache`. `scales` are those of codes of
+    8 bits, as `Decoder.cache_scales` gives them; transformers sees them as numbers of `dtype`, which is
+    the cache's own unless it holds codes.
     """
 
-    def __init__(self, specs: Sequence[PagedKV], device: torch.device) -> None:
+    def __init__(
+        self,
+        specs: Sequence[PagedKV],
+        device: torch.device,
+        scales: Sequence[Scales | None] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         # the base class keeps a list of layers; here `layers` is a view made when asked for
         self.layer_class_to_replicate = None
         self.offloading = False
-        self.specs = tuple(specs)
+        self.specs, self.scales = tuple(specs), scales
+        self.dtype = dtype or specs[0].dtype
         self.device = device
         self.groups = len(group_specs(specs)[0])
         self.page_size = specs[0].page_size
@@ -63,7 +74,9 @@ class PagedCache(Cache):
         pages = -(-tokens // self.page_size)
         batch = len(self.seq_lens)
         old, old_pages = self.kv, self.capacity // self.page_size
-        self.kv = KVCache.allocate(self.specs, [batch * pages] * self.groups, self.device)
+        self.kv = KVCache.allocate(
+            self.specs, [batch * pages] * self.groups, self.device, self.scales
+        )
         if old is not None:
             for layer, was in zip(self.kv.layers, old.layers, strict=True):
                 for new, from_ in ((layer.k, was.k), (layer.v, was.v)):
@@ -118,13 +131,14 @@ class PagedCache(Cache):
         write_kv_(
             key_states.transpose(1, 2).flatten(0, 1),
             value_states.transpose(1, 2).flatten(0, 1),
-            layer.k, layer.v, self._slots.flatten(),
+            layer.k, layer.v, self._slots.flatten(), layer.k_scale, layer.v_scale,
         )  # fmt: skip
-        return self.dense(layer.k), self.dense(layer.v)
+        return self.dense(layer.k, layer.k_scale), self.dense(layer.v, layer.v_scale)
 
-    def dense(self, pool: Tensor) -> Tensor:
+    def dense(self, pool: Tensor, scale: Tensor | None = None) -> Tensor:
         """[B, Hk, length, D]: the pages of one pool as transformers lays them out."""
         batch = len(self.seq_lens)
+        pool = decode_reference(pool, scale).to(self.dtype)
         tokens = pool.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
         if self.mask is None:
             return tokens[:, :, : self.length].contiguous()
@@ -163,9 +177,10 @@ class PagedCache(Cache):
         self.mask = None if self.mask is None else self.mask[indices]
 
         def chosen(pool: Tensor) -> Tensor:
-            return pool.unflatten(0, (batch, -1))[indices].flatten(0, 1)
+            pages = as_bytes(pool).unflatten(0, (batch, -1))[indices].flatten(0, 1)
+            return pages.view(pool.dtype)
 
-        layers = (LayerKV(chosen(x.k), chosen(x.v), x.group) for x in self.kv.layers)
+        layers = (replace(x, k=chosen(x.k), v=chosen(x.v)) for x in self.kv.layers)
         self.kv = KVCache(tuple(layers))
         pages = self.capacity // self.page_size
         table = torch.arange(len(indices) * pages, dtype=torch.int32, device=self.device)
@@ -244,12 +259,18 @@ class PagedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """[B, Hk, length, Dk], a copy."""
-        return self.cache.dense(self.cache.kv.layers[self.index].k) if self.cache.kv else None
+        if self.cache.kv is None:
+            return None
+        layer = self.cache.kv.layers[self.index]
+        return self.cache.dense(layer.k, layer.k_scale)
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """[B, Hk, length, Dv], a copy."""
-        return self.cache.dense(self.cache.kv.layers[self.index].v) if self.cache.kv else None
+        if self.cache.kv is None:
+            return None
+        layer = self.cache.kv.layers[self.index]
+        return self.cache.dense(layer.v, layer.v_scale)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the cache allocates all layers at once."""

@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ from tlk.hf.binding import Binding, bind, unbind
 from tlk.hf.cache import PagedCache
 from tlk.hf.call import Call, Inexpressible, flatten
 from tlk.hf.generate import Limits, NeedsLoop, Runtime, Wanted, laid_out, plan
+from tlk.hf.quant_linear import QuantLinear
+from tlk.hf.quantized_checkpoint import SHARD
+from tlk.hf.quantized_model import save
 from tlk.kernels._op import count_ops
 from tlk.kernels.tuning import Source, consulted
+from tlk.models.decoder import KvScales, set_kv_scales
 
 # the tiers of generate
 RUNTIME, LOOP, ORIGINAL = "tlk's runtime", "transformers' loop over tlk's forward", "original"
@@ -63,6 +68,7 @@ class Execution:
         self.generates: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()  # why the original forward ran
         self.loops: Counter[str] = Counter()  # why transformers' loop ran, not the runtime
+        self.kv_scales: KvScales = {}  # of an 8-bit cache: layer to those of keys and of values
         self.ops: dict[str, Counter[str]] = {}  # of the first prefill and the first decode forward
         self.configs: set[tuple[str, Source]] = set()  # where theirs came from
 
@@ -71,7 +77,8 @@ class Execution:
         if self.binding is None or self.binding.stale():
             self.unbind()
             try:
-                self.binding = bind(model)
+                self.binding = bind(model, self.limits.kv_cache_dtype)
+                set_kv_scales(self.binding.decoder, self.kv_scales)
             except UnsupportedError as error:
                 self.refused = str(error)
                 raise
@@ -88,6 +95,16 @@ class Execution:
         if hooked := binding.hooked():
             raise Inexpressible(f"{hooked} has forward hooks, which tlk would not call")
         return binding
+
+    def set_kv_scales(self, scales: KvScales) -> None:
+        """`set_kv_scales` of this decoder, and of those that follow when the weights move.
+
+        A cache or an engine that is there already keeps its own: the engine is freed.
+        """
+        if self.binding is not None:
+            set_kv_scales(self.binding.decoder, scales)
+        self.kv_scales = {**self.kv_scales, **scales}
+        self.free()
 
     def release(self, model: nn.Module) -> None:
         """Undo the binding: every parameter has its own storage again."""
@@ -271,16 +288,34 @@ class Optimized:
                 state.note(str(error))
         return out
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; a quantized one is written in the standard layout of its formats.
+
+        Of the arguments it then takes `max_shard_size`, in bytes, and `format`, a layout's name.
+        """
+        if not any(isinstance(m, QuantLinear) for m in self.modules()):  # type: ignore[attr-defined]
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        shard = kwargs.pop("max_shard_size", SHARD)
+        layout = kwargs.pop("format", None)
+        if args or kwargs or not isinstance(shard, int):
+            raise TypeError(
+                "a quantized model is saved with max_shard_size, in bytes, and format, "
+                f"got {[*args, *kwargs, shard]}"
+            )
+        save(self, Path(save_directory), format=layout, shard=shard)
+        return None
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {k: v for k, v in self.__dict__.items() if k != "_tlk"}
         own = self._execution
-        return _rebuild, (self._tlk_pickles_as, own.strict, own.limits), state
+        return _rebuild, (self._tlk_pickles_as, own.strict, own.limits, own.kv_scales), state
 
 
-def _rebuild(kind: Any, strict: bool, limits: Limits) -> Any:
+def _rebuild(kind: Any, strict: bool, limits: Limits, kv_scales: KvScales) -> Any:
     cls = optimized_class(kind)
     model = cls.__new__(cls)
     model.__dict__["_tlk"] = Execution(strict=strict, limits=limits)
+    model.__dict__["_tlk"].kv_scales = kv_scales
     return model
 
 
@@ -299,6 +334,11 @@ def optimized_class(base: Any) -> Any:
     return cls
 
 
+def _cache(binding: Binding) -> PagedCache:
+    scales = binding.decoder.cache_scales(binding.specs[0].dtype)
+    return PagedCache(binding.specs, binding.device, scales, binding.dtype)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _on_runtime(state: Execution, wanted: Wanted) -> Tensor:
     return state.generate(wanted)
@@ -312,7 +352,7 @@ def _run(model: Any, state: Execution, arguments: dict[str, Any]) -> Any:
     else:
         binding = state.ready(model)
     arguments = _checked(model.config, binding, arguments)
-    cache = cache if cache is not None else PagedCache(binding.specs, binding.device)
+    cache = cache if cache is not None else _cache(binding)
     labels, embeds = arguments["labels"], arguments["inputs_embeds"]
     with torch.no_grad():
         call = flatten(
@@ -443,4 +483,4 @@ def _cache_for_generate(
         return given
     if option("use_cache") is False:
         return None
-    return PagedCache(binding.specs, binding.device)
+    return _cache(binding)

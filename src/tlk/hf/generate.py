@@ -41,7 +41,7 @@ from tlk.kernels.paged_attention import preferred_page_size
 from tlk.models.config import DecoderConfig
 from tlk.models.rope import original_length
 from tlk.runtime.engine import Engine, Update
-from tlk.runtime.options import EngineOptions
+from tlk.runtime.options import EngineOptions, check_kv_dtype
 from tlk.runtime.params import SamplingParams
 from tlk.runtime.request import Request
 from tlk.runtime.request import Sequence as Row
@@ -71,6 +71,7 @@ class Limits:
 
     max_num_seqs: int | None = None
     max_model_len: int | None = None
+    kv_cache_dtype: str = "auto"
 
     @property
     def most_seqs(self) -> int:
@@ -82,6 +83,7 @@ class Limits:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_kv_dtype(self.kv_cache_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +389,7 @@ class Runtime:
             max_num_seqs=wanted,
             max_model_len=tokens,
             kv_cache_memory=min(pages * page * self._token_bytes, self._room()),
+            kv_cache_dtype=limits.kv_cache_dtype,
             enable_prefix_caching=False,
             lazy_graphs=True,
         )

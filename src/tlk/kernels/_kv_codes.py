@@ -126,6 +126,11 @@ def code_kind(cache: Tensor) -> str | None:
     return "int8" if cache.dtype == torch.int8 else None
 
 
+def as_bytes(cache: Tensor) -> Tensor:
+    """Codes as bytes, which torch can index on every device; numbers as they are."""
+    return cache.view(torch.uint8) if cache.dtype in LARGEST else cache
+
+
 def as_pairs(cache: Tensor) -> Tensor:
     """`cache` as `unpair` reads it, [..., D / 2]."""
     return cache.view(torch.int16)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlk.kernels._kv_codes import decode_reference
+from tlk.kernels._kv_codes import as_bytes, decode_reference
 
 QUERIES_AT_ONCE = 256  # scores are [H, this many, all keys]
 
@@ -25,7 +25,8 @@ def gather(
     pages = torch.where(seen.unflatten(1, (-1, page_size)).any(-1), pages, 0).long()
 
     def dense(cache: Tensor, scale: Tensor | None) -> Tensor:
-        tokens = decode_reference(cache[pages], scale).transpose(1, 2).flatten(2, 3)
+        codes = as_bytes(cache)[pages].view(cache.dtype)
+        tokens = decode_reference(codes, scale).transpose(1, 2).flatten(2, 3)
         return tokens.masked_fill_(~seen[:, None, :, None], 0.0)
 
     return dense(k_cache, k_scale), dense(v_cache, v_scale), seen

@@ -23,7 +23,7 @@ from tlk.kernels._check import (
     check_shape,
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
-from tlk.kernels._kv_codes import CODES, check_scales, encode, encode_reference, writable
+from tlk.kernels._kv_codes import CODES, as_bytes, check_scales, encode, encode_reference, writable
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
@@ -37,7 +37,7 @@ def write_kv_reference_(
     for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         page_size = cache.shape[2]
         stored = encode_reference(new[real], scale, cache.dtype)
-        cache[slots // page_size, :, slots % page_size] = stored
+        as_bytes(cache)[slots // page_size, :, slots % page_size] = as_bytes(stored)
 
 
 def _nothing(*_: object) -> None:

@@ -12,6 +12,8 @@ from tlk.errors import UnsupportedError
 from tlk.llm.inputs import REFUSALS, Prepared, Prompt, which
 from tlk.llm.load import load
 from tlk.llm.requests import Requests
+from tlk.quant.config import QuantConfig
+from tlk.quantize.in_place import as_config
 from tlk.runtime.engine import Engine
 from tlk.runtime.memory import MemoryLedger
 from tlk.runtime.options import EngineOptions
@@ -31,7 +33,8 @@ class Frontend:
         gpu_memory_utilization: float = 0.9,
         kv_cache_memory: int | None = None,
         kv_cache_dtype: str = "auto",
-        quantization: str | None = None,
+        quantization: str | QuantConfig | None = None,
+        calibration: Any = None,
         tensor_parallel_size: int = 1,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
@@ -50,7 +53,10 @@ class Frontend:
         notice, to what the cache can hold. max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of one step. gpu_memory_utilization: the share of the GPU's memory
         that weights, graphs, activations and cache may take; kv_cache_memory: bytes of the cache instead
-        (on a CPU 1 GiB unless given). kv_cache_dtype: "auto", "float32", "float16" or "bfloat16".
+        (on a CPU 1 GiB unless given). kv_cache_dtype: "auto", "fp8", "int8", or "float32",
+        "float16" or "bfloat16"; 8 bits with the checkpoint's scales, else 1 and an UncalibratedWarning.
+        quantization: a method or QuantConfig, for a checkpoint in 16 bit; one that is quantized is recognized
+        by itself. calibration: texts, a JSONL file's path or token ids, where the method needs them.
         enforce_eager: no CUDA graphs. compile: torch.compile of the decoder, inside the graphs.
         deterministic: the same request gives the same tokens whatever runs beside it, at some cost.
         seed: of requests that bring none. device: "auto", "cpu", "cuda" or "cuda:N".
@@ -62,7 +68,8 @@ class Frontend:
         Raises CheckpointError for a broken checkpoint, UnsupportedError for what has no kernel yet,
         ValueError or TypeError naming the argument, CapacityError if the cache cannot hold a request.
         """
-        _refuse(quantization, tensor_parallel_size)
+        _check_ranks(tensor_parallel_size)
+        wanted = None if quantization is None else as_config(quantization, calibration)
         options = EngineOptions(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -76,7 +83,7 @@ class Frontend:
             deterministic=deterministic,
             seed=seed,
         )
-        loaded = load(model, dtype, device, tokenizer)
+        loaded = load(model, dtype, device, tokenizer, wanted)
         self.engine = Engine(loaded.decoder, options, eos=loaded.eos, progress=True)
         self.default_params = loaded.default
         self.timings: dict[str, float] = {"load": loaded.seconds, **self.engine.timings}
@@ -121,11 +128,7 @@ class Frontend:
         return prepared
 
 
-def _refuse(quantization: str | None, tensor_parallel_size: int) -> None:
-    if quantization is not None:
-        raise UnsupportedError(
-            f"quantization {quantization!r} has no kernel yet; quantization=None works"
-        )
+def _check_ranks(tensor_parallel_size: int) -> None:
     if isinstance(tensor_parallel_size, bool) or not isinstance(tensor_parallel_size, int):
         raise TypeError(
             f"tensor_parallel_size must be a whole number, got {tensor_parallel_size!r}"

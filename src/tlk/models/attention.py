@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from tlk import parallel
 from tlk.kernels.kv_cache import write_kv_
 from tlk.kernels.paged_attention import paged_attention
-from tlk.models.batch import Batch, LayerKV, PagedKV
+from tlk.models.batch import Batch, LayerKV, PagedKV, Scales
 from tlk.models.config import AttentionConfig, NormConfig
 from tlk.models.layers import LayerNorm, Linear, RMSNorm, norm, parameter
 from tlk.models.rope import RotaryEmbedding
@@ -48,11 +48,29 @@ class Attention(nn.Module):
         self.rope = rope
         sinks = parameter(torch.empty(self.heads)) if config.sinks else None
         self.register_parameter("sinks", sinks)
+        self.kv_scales: Scales | None = None  # of an 8-bit cache, if `set_kv_scales` left any
 
     def cache_spec(self, dtype: torch.dtype, page_size: int) -> PagedKV:
         """What this layer keeps of every token, on this rank."""
         c = self.config
         return PagedKV(self.kv_heads, c.head_dim, c.v_head_dim, dtype, c.window, page_size)
+
+    def set_kv_scales(self, k_scale: Tensor | float, v_scale: Tensor | float) -> None:
+        """What an 8-bit cache divides keys and values by: one number, or one for each kv head.
+
+        The kv heads of the whole model; a rank keeps those of its own. Raises ValueError for another
+        count of them, or a scale that is not positive and finite.
+        """
+        every = parallel.world() * self.kv_heads
+        mine = []
+        for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+            scale = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach().flatten()
+            if scale.numel() not in (1, every):
+                raise ValueError(f"{name} must be 1 number or {every}, got {scale.numel()}")
+            if not (scale.isfinite() & (scale > 0)).all():
+                raise ValueError(f"{name} must be positive and finite, got {scale.tolist()}")
+            mine.append(scale.expand(every).chunk(parallel.world())[parallel.rank()].clone())
+        self.kv_scales = mine[0], mine[1]
 
     def forward(
         self,
@@ -79,6 +97,8 @@ class Attention(nn.Module):
             softcap=c.softcap,
             sinks=self.sinks,
             deterministic=self.deterministic,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
         )
         return self.out(y.flatten(1), residual=x, in_place=in_place)
 
@@ -88,7 +108,7 @@ class Attention(nn.Module):
         if self.rope is None:
             if q_norm is not None and k_norm is not None:
                 q, k = q_norm(q), k_norm(k)
-            write_kv_(k, v, kv.k, kv.v, slots)
+            write_kv_(k, v, kv.k, kv.v, slots, kv.k_scale, kv.v_scale)
         elif isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
             self.rope(q, k, v, batch.positions, kv, slots, q_norm, k_norm)
         else:

@@ -40,7 +40,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """What one layer keeps of every token. Layers with equal specs share one page table."""
+    """What one layer keeps of every token. Layers with equal specs share one page table.
+
+    A dtype of 8 bits, float8_e4m3fn or int8, stands for codes: numbers divided by a scale of their head.
+    """
 
     kv_heads: int
     k_dim: int
@@ -60,13 +63,22 @@ def group_specs(specs: Sequence[PagedKV]) -> tuple[list[PagedKV], list[int]]:
     return groups, [groups.index(spec) for spec in specs]
 
 
+Scales = tuple[Tensor, Tensor]
+"""What the codes of a layer's keys and of its values are multiplied by: float32 [Hk] each."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """The pages of one layer: k [P, Hk, page_size, Dk], v [P, Hk, page_size, Dv], and its group."""
+    """The pages of one layer: k [P, Hk, page_size, Dk], v [P, Hk, page_size, Dv], and its group.
+
+    k_scale and v_scale, float32 [Hk], belong to codes of 8 bits; None: the pages hold numbers.
+    """
 
     k: Tensor
     v: Tensor
     group: int
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +89,28 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, specs: Sequence[PagedKV], num_pages: Sequence[int], device: torch.device | str
+        cls,
+        specs: Sequence[PagedKV],
+        num_pages: Sequence[int],
+        device: torch.device | str,
+        scales: Sequence[Scales | None] | None = None,
     ) -> "KVCache":
-        """Uninitialized pools for layers of `specs`, with `num_pages[g]` pages for group g."""
+        """Uninitialized pools for layers of `specs`, with `num_pages[g]` pages for group g.
+
+        `scales`: of every layer, as `Decoder.cache_scales` gives them; None where it holds numbers.
+        """
         groups, of_layer = group_specs(specs)
         if len(num_pages) != len(groups):
             raise ValueError(
                 f"num_pages must name pages for {len(groups)} groups, got {len(num_pages)} numbers"
             )
         layers = []
-        for spec, group in zip(specs, of_layer, strict=True):
+        scales = scales or [None] * len(specs)
+        for spec, group, scale in zip(specs, of_layer, scales, strict=True):
             shape = (num_pages[group], spec.kv_heads, spec.page_size)
             with torch.inference_mode(False):  # its tensors could not be written outside of it
                 k = torch.empty(*shape, spec.k_dim, dtype=spec.dtype, device=device)
                 v = torch.empty(*shape, spec.v_dim, dtype=spec.dtype, device=device)
-            layers.append(LayerKV(k, v, group))
+                k_scale, v_scale = (x.to(device) for x in scale) if scale else (None, None)
+            layers.append(LayerKV(k, v, group, k_scale, v_scale))
         return cls(tuple(layers))

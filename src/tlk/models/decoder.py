@@ -4,15 +4,16 @@ A layer is six kernels: norm + qkv, rotation + cache write, attention, output + 
 up, down + residual. Layer norms, which a matmul cannot absorb, are kernels of their own.
 """
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tlk.errors import UnsupportedError
+from tlk.errors import UncalibratedWarning, UnsupportedError
 from tlk.models.attention import Attention
-from tlk.models.batch import Batch, KVCache, LayerKV, PagedKV
+from tlk.models.batch import Batch, KVCache, LayerKV, PagedKV, Scales
 from tlk.models.config import (
     AttentionConfig,
     DecoderConfig,
@@ -25,6 +26,9 @@ from tlk.models.layers import Embedding, Linear, norm
 from tlk.models.mlp import MLP, GatedMLP
 from tlk.models.rope import RotaryEmbedding
 from tlk.quant.format import DENSE, Dense, Format
+
+KvScales = Mapping[int, tuple[Tensor | float, Tensor | float]]
+"""Layer to the scales of its keys and of its values: a number, or one for each kv head."""
 
 ATTENTIONS = {AttentionConfig: Attention}
 MLPS: dict[type, Callable[..., GatedMLP | MLP]] = {GatedMLPConfig: GatedMLP, MLPConfig: MLP}
@@ -99,6 +103,25 @@ class Decoder(nn.Module):
         layers = cast(Iterable[DecoderLayer], self.layers)
         return [layer.attention.cache_spec(dtype, page_size) for layer in layers]
 
+    def cache_scales(self, dtype: torch.dtype) -> list[Scales | None]:
+        """What the codes of each layer's cache of `dtype` are multiplied by; None: it holds numbers.
+
+        Where `set_kv_scales` left none they are 1, with a warning: numbers beyond ±448 of float8_e4m3fn or
+        ±127 of int8 are then clamped, and int8 has no step finer than 1.
+        """
+        every = attentions(self)
+        if dtype.itemsize > 1:
+            return [None for _ in every]
+        missing = [i for i, attention in enumerate(every) if attention.kv_scales is None]
+        if missing:
+            warnings.warn(
+                f"the scales of the {str(dtype).removeprefix('torch.')} cache are not calibrated in "
+                f"{len(missing)} of {len(every)} layers, from layer {missing[0]} on: they are 1",
+                UncalibratedWarning,
+                stacklevel=2,
+            )
+        return [a.kv_scales or (torch.ones(a.kv_heads, device="cpu"),) * 2 for a in every]
+
     def forward(
         self, ids: Tensor | None, batch: Batch, cache: KVCache, embeds: Tensor | None = None
     ) -> Tensor:
@@ -125,6 +148,25 @@ def linears(decoder: Decoder) -> dict[str, Linear]:
     return {name: m for name, m in decoder.named_modules() if isinstance(m, Linear)}
 
 
+def attentions(decoder: Decoder) -> list[Attention]:
+    """The attention of every layer, in order."""
+    return [layer.attention for layer in cast(Iterable[DecoderLayer], decoder.layers)]
+
+
+def set_kv_scales(decoder: Decoder, scales: KvScales) -> None:
+    """Set what an 8-bit cache of `decoder` divides by: layer → (k_scale, v_scale).
+
+    A scale is one number, or float32 with one for each kv head; used = stored · scale. Set them before
+    an engine or a cache is made; layers that are not named keep theirs. Raises ValueError for a layer that
+    is not there, and as `Attention.set_kv_scales` does.
+    """
+    every = attentions(decoder)
+    for index, (k_scale, v_scale) in scales.items():
+        if not 0 <= index < len(every):
+            raise ValueError(f"scales must name layers below {len(every)}, got {index}")
+        every[index].set_kv_scales(k_scale, v_scale)
+
+
 def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
     """A decoder on the same weights with rotary tables of its own, in eval mode.
 
@@ -140,6 +182,8 @@ def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
                 )
             theirs.store(mine.format, mine.packed())
     other.load_state_dict(decoder.state_dict(), strict=True, assign=True)
+    for layer, its in zip(attentions(decoder), attentions(other), strict=True):
+        its.kv_scales = layer.kv_scales
     return other.eval()
 
 

@@ -91,7 +91,7 @@ class RotaryEmbedding(nn.Module):
         """
         write = partial(
             rope_and_write_kv_, q, k, v, self.cos, self.sin, positions, kv.k, kv.v, slots,
-            interleaved=self.config.interleaved,
+            interleaved=self.config.interleaved, k_scale=kv.k_scale, v_scale=kv.v_scale,
         )  # fmt: skip
         if q_norm is None or k_norm is None:
             return write()

@@ -71,6 +71,7 @@ class Engine:
             max_num_batched_tokens=self.options.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             enable_prefix_caching=self.options.enable_prefix_caching,
+            salt=self._runner.salt,
         )
         self._flight: Flight | None = None
         self._ended: list[Update] = []  # aborts and failures, to be told by the next step

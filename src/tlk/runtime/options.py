@@ -6,7 +6,13 @@ import torch
 
 from tlk.errors import UnsupportedError
 
-KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +24,9 @@ class EngineOptions:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step.
     gpu_memory_utilization: the share of the GPU's memory that weights, graphs, activations and cache
     may take together. kv_cache_memory: bytes of the cache instead; None: what is left of that share,
-    or 1 GiB on a CPU. kv_cache_dtype "auto": the model's own. page_size: tokens of a page; None: what
-    the attention kernels are fastest with on the device.
+    or 1 GiB on a CPU. kv_cache_dtype "auto": the model's own; "fp8" (e4m3) and "int8": 8 bits, with the
+    scales that `tlk.models.decoder.set_kv_scales` gave the decoder, else 1. page_size: tokens of a
+    page; None: what the attention kernels are fastest with on the device.
     enforce_eager: no CUDA graphs. compile: torch.compile(fullgraph=True) of the decoder, inside the
     graphs. lazy_graphs: capture a batch size when it first comes instead of all at the start.
     deterministic: logits do not depend on the other sequences of a step, bit for bit.
@@ -55,15 +62,23 @@ class EngineOptions:
             raise TypeError(f"gpu_memory_utilization must be a number, got {share!r}")
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}")
-        if self.kv_cache_dtype != "auto" and self.kv_cache_dtype not in KV_DTYPES:
-            known = ", ".join(("auto", *KV_DTYPES))
-            raise UnsupportedError(
-                f"kv_cache_dtype {self.kv_cache_dtype!r} has no kernel yet; these have: {known}"
-            )
+        check_kv_dtype(self.kv_cache_dtype)
 
     def kv_dtype(self, model: torch.dtype) -> torch.dtype:
         """The dtype of the cache of a model in dtype `model`."""
-        return model if self.kv_cache_dtype == "auto" else KV_DTYPES[self.kv_cache_dtype]
+        return kv_dtype(self.kv_cache_dtype, model)
+
+
+def check_kv_dtype(name: str) -> None:
+    """Raise UnsupportedError unless kv_cache_dtype `name` has kernels."""
+    if name != "auto" and name not in KV_DTYPES:
+        known = ", ".join(("auto", *KV_DTYPES))
+        raise UnsupportedError(f"kv_cache_dtype {name!r} has no kernel; these have: {known}")
+
+
+def kv_dtype(name: str, model: torch.dtype) -> torch.dtype:
+    """The dtype that kv_cache_dtype `name` stands for, in a model of dtype `model`."""
+    return model if name == "auto" else KV_DTYPES[name]
 
 
 def _check_whole(name: str, value: object) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlk.kernels._kv_codes import as_bytes
 from tlk.kernels._paged_split import LEAST_KEYS
 from tlk.kernels.paged_attention import preferred_page_size
 from tlk.kernels.sampling import top_logprobs
@@ -90,7 +91,9 @@ class Runner:
         weight = decoder.embedding.weight
         self.decoder, self.options, self.device = decoder, options, weight.device
         self.page_size = options.page_size or preferred_page_size(self.device)
-        self.specs = tuple(decoder.cache_specs(options.kv_dtype(weight.dtype), self.page_size))
+        dtype = options.kv_dtype(weight.dtype)
+        self.specs = tuple(decoder.cache_specs(dtype, self.page_size))
+        self.scales = decoder.cache_scales(dtype)
         self.groups: list[PagedKV] = group_specs(self.specs)[0]
         self.inputs = Inputs(options.max_num_seqs, options.max_num_batched_tokens, self.device)
         self.sampler = Sampler(decoder.config.vocab_size, options.max_num_seqs, self.device)
@@ -104,7 +107,7 @@ class Runner:
     def allocate(self, num_pages: Rows[int], max_model_len: int) -> None:
         """Pools of `num_pages` per group, and page tables for sequences of `max_model_len`."""
         options = self.options
-        self.cache = KVCache.allocate(self.specs, num_pages, self.device)
+        self.cache = KVCache.allocate(self.specs, num_pages, self.device, self.scales)
         self.max_pages = -(-max_model_len // self.page_size)
         with torch.inference_mode(False):
             self.tables = [
@@ -124,6 +127,12 @@ class Runner:
             shapes = decode_shapes(min(options.max_num_seqs, budget), self.max_pages, short)
             shapes += mixed_shapes(options.max_num_seqs, budget, self.max_pages)
             self.graphs = Graphs(self.forward, shapes)
+
+    @property
+    def salt(self) -> bytes:
+        """What cached keys and values depend on besides their tokens: the dtype and its scales."""
+        scales = [scale.numpy().tobytes() for pair in self.scales for scale in pair or ()]
+        return b"".join([str(self.specs[0].dtype).encode(), *scales])
 
     # ---- one step
 
@@ -162,8 +171,8 @@ class Runner:
             source, target = to_device(np.array(pairs).T, self.device)
             for layer in self.cache.layers:
                 if layer.group == group:
-                    layer.k.index_copy_(0, target, layer.k[source])
-                    layer.v.index_copy_(0, target, layer.v[source])
+                    for pages in (as_bytes(layer.k), as_bytes(layer.v)):
+                        pages.index_copy_(0, target, pages[source])
 
     def _stage(self, chunks: list[Chunk], drawn: list[Chunk]) -> Shape:
         """Write the step into the image of the inputs; the shape it has without padding."""
