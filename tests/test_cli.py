@@ -6,8 +6,10 @@ import pytest
 from tests.demo.tiny import save_tiny
 from tlk import __version__, cli
 from tlk.cli import main
+from tlk.demo import corpus
 from tlk.doctor import Check
 from tlk.errors import UnsupportedError
+from tlk.quant.config import QuantConfig
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,26 @@ def test_generate_hands_on_every_option(monkeypatch):
 def test_verify_prints_the_differences(model, capsys):
     assert main(["verify", model, "--device", "cpu"]) == 0
     assert "top-1 agreement 100.00%" in capsys.readouterr().out
+
+
+def test_verify_prints_what_quantization_costs(model, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps(next(iter(corpus.texts(["json"]).values()))[:3000]))
+    how = ["--device", "cpu", "--text", str(file)]
+    assert main(["verify", model, *how, "--quantization", "int4", "--group-size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "1536 positions" in text and "KL " in text and "top-1 agreement" in text
+    assert "perplexity " in text and "before quantization (" in text
+    assert main(["verify", model, *how]) == 0
+    assert "perplexity" not in capsys.readouterr().out
+    assert main(["verify", model, "--group-size", "64"]) == 2
+    assert "--quantization must be given for group_size" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(cli, "optimize", lambda m, quantization: seen.append(quantization))
+    monkeypatch.setattr(cli, "verify", lambda *a: None)
+    options = ["--quantization", "int4-gptq", "--calibration", "c", "--zero-points"]
+    assert main(["verify", model, *how, *options]) == 0
+    assert seen == [QuantConfig("int4-gptq", calibration="c", symmetric=False)]
 
 
 @pytest.mark.parametrize("kind", ["throughput", "latency"])

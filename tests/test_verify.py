@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import tlk
 from tests.models.zoo import tiny
@@ -20,6 +23,37 @@ def test_a_difference_is_seen():
     result = tlk.verify(model, [torch.tensor([5, 9, 2]), torch.tensor([7])])
     assert result.positions == 4
     assert result.relative_error > 0.01 and result.kl > 1e-3 and result.max_logit_error > 0.1
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_the_next_tokens():
+    torch.manual_seed(0)
+    model = tiny("llama")
+    ids = [torch.randint(0, 99, (n,)) for n in (9, 1, 5)]
+    loss = [model(i[None]).logits[0, :-1].log_softmax(-1)[range(len(i) - 1), i[1:]] for i in ids]
+    wanted = float((-torch.cat(loss).mean()).exp())
+    result = tlk.verify(tlk.optimize(model), ids)
+    assert result.perplexity == pytest.approx(wanted, rel=1e-4)
+    assert result.original_perplexity == pytest.approx(wanted, rel=1e-4)
+    assert not result.quantized and "perplexity" not in str(result)
+    assert math.isnan(tlk.verify(model, [torch.tensor([3])]).perplexity)
+
+
+def test_a_quantized_model_is_compared_with_its_checkpoint(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    exact = LlamaForCausalLM.from_pretrained(tmp_path)
+    model = tlk.optimize(LlamaForCausalLM.from_pretrained(tmp_path).eval(), quantization="fp8")
+    ids = [torch.arange(40), torch.arange(20)]
+    result = tlk.verify(model, ids)
+    a, b = (torch.cat([m(i[None]).logits[0] for i in ids]).detach() for m in (model, exact.eval()))
+    assert result.quantized and result.positions == 60
+    assert result.relative_error == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-3)
+    assert 0.005 < result.relative_error < 0.3 and result.kl > 1e-5
+    assert result.perplexity != result.original_perplexity
+    assert "before quantization (" in str(result)
+    model.name_or_path = "gone"
+    with pytest.raises(tlk.UnsupportedError, match="'gone' is no folder on this machine"):
+        tlk.verify(model, ids)
 
 
 def test_bad_input():

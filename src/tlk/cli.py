@@ -6,15 +6,20 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from tlk import __version__, doctor
 from tlk.bench import command, kernel_command, tune
 from tlk.bench.serving import Kind
-from tlk.demo import compare, generate
+from tlk.demo import compare, corpus, generate
 from tlk.errors import TlkError
 from tlk.hf.weights import DTYPES
 from tlk.optimize import optimize
+from tlk.quant.config import QuantConfig
 from tlk.quantize import command as quantize_command
+from tlk.quantize.calibration import read_calibration
 from tlk.verify import verify
 
 
@@ -62,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("verify", help="compare tlk's logits with transformers' own")
     check.add_argument("model", help="a folder or a hub id")
+    quantize_command.add_method(check, required=False)
+    check.add_argument(
+        "--text",
+        metavar="FILE",
+        help="JSONL to judge by; the source of Python's library without it",
+    )
     _add_place(check, "auto")
     check.set_defaults(run=_verify)
 
@@ -112,10 +123,29 @@ def _generate(model: str, prompt: str, **options: object) -> int:
     return 0
 
 
-def _verify(model: str, device: str, dtype: str) -> int:
-    loaded, _ = generate.load(model, dtype, device)
-    print(verify(optimize(loaded)))
+def _verify(
+    model: str, quantization: str | None, calibration: str | None, text: str | None,
+    device: str, dtype: str, **options: Any,
+) -> int:  # fmt: skip
+    given = {n: v for n, v in {**options, "calibration": calibration}.items() if v is not None}
+    if quantization is None and given:
+        raise ValueError(f"--quantization must be given for {', '.join(given)}")
+    config = None if quantization is None else QuantConfig(quantization, **given)
+    loaded, tokenizer = generate.load(model, dtype, device)
+    prompts = _prompts(loaded, tokenizer, text) if text or config else None
+    print(verify(optimize(loaded, quantization=config), prompts))
     return 0
+
+
+def _prompts(model: Any, tokenizer: Any, text: str | None) -> list[Tensor]:
+    """Up to 8 rows of 512 tokens of a JSONL file, or of the held-out part of Python's library."""
+    texts = text or corpus.texts(corpus.HELD_OUT).values()
+    length = min(512, model.config.max_position_embeddings)
+    rows = read_calibration(
+        texts, lambda part: tokenizer(part, verbose=False)["input_ids"],
+        vocab_size=model.config.vocab_size, samples=8, length=length,
+    )  # fmt: skip
+    return list(rows.ids)
 
 
 def _doctor() -> int:
