@@ -25,6 +25,8 @@ from tlk.llm import (
     RequestOutput,
 )
 from tlk.optimize import Report, optimize, report, restore
+from tlk.quant.config import QuantConfig
+from tlk.quantize.checkpoint import quantize
 from tlk.runtime.params import SamplingParams
 from tlk.verify import Verification, verify
 
@@ -43,6 +45,7 @@ __all__ = [
     "Logprob",
     "MistralForCausalLM",
     "NemotronForCausalLM",
+    "QuantConfig",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Report",
@@ -53,6 +56,7 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "optimize",
+    "quantize",
     "report",
     "restore",
     "verify",
