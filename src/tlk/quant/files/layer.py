@@ -142,7 +142,7 @@ def integers(
         if zero is not None:
             packed["zero"] = zero.to(torch.uint8).contiguous()
     else:
-        format = Int8Weight(group_size, symmetric)
+        format = Int8Weight(None if groups == 1 else group_size, symmetric)
         packed["weight"] = signed(codes, 2 ** (bits - 1))
         if zero is not None:
             packed["zero"] = signed(zero, 2 ** (bits - 1)).contiguous()

@@ -1,0 +1,102 @@
+"""Quantized models that transformers loaded, with the modules of other packages made tlk's own.
+
+`AutoModelForCausalLM.from_pretrained` gives a quantized checkpoint's linear layers to the package of its
+method: bitsandbytes' Linear4bit, compressed-tensors' patched Linear, FP8Linear. Their tensors have the names
+that they have in files, so they are read as files are, and the modules become `QuantLinear`s.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlk.errors import CheckpointError, UnsupportedError
+from tlk.hf.quant_linear import quantized_like
+from tlk.quant.files.layer import Scheme
+from tlk.quant.files.recognise import method_of, recognise
+
+READ = ("compressed-tensors", "bitsandbytes", "fp8", "fbgemm_fp8")
+"""Methods whose modules keep their tensors as the file has them."""
+FLAGS = (
+    "hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "is_loaded_in_4bit",
+    "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable",
+)  # fmt: skip
+"""What transformers notes on a model that it loaded quantized: it refuses to move one, among others."""
+
+
+def take_over(model: nn.Module) -> list[str]:
+    """Make `QuantLinear`s of the quantized layers of `model`; returns their names.
+
+    Nothing is done, and [] returned, where transformers did not load quantized layers. One layer at a
+    time is in memory twice. Raises UnsupportedError, before anything has changed, for a method whose
+    modules change their tensors (GPTQ, AWQ), or that transformers does not know (ModelOpt):
+    tlk.AutoModelForCausalLM reads such files itself.
+    """
+    fields = quantization_of(model)
+    if fields is None:
+        return []
+    scheme = recognise(fields)
+    found = {name: m for name, m in model.named_modules() if _quantized(m, scheme)}
+    if not found:
+        return []
+    if scheme.method not in READ:
+        raise UnsupportedError(
+            f"the modules of a {scheme.method} model are not as its file is: load it with "
+            "tlk.AutoModelForCausalLM, which reads the file itself"
+        )
+    dtype = _activations(model)
+    for name, module in found.items():
+        tensors = {k: t.detach() for k, t in module.state_dict().items() if k != "bias"}
+        format, packed = _read(scheme, name, module, tensors)
+        model.set_submodule(name, quantized_like(module, format, packed, dtype))
+    _forget(model, fields)
+    return list(found)
+
+
+def quantization_of(model: Any) -> dict[str, Any] | None:
+    """How the checkpoint that transformers loaded into `model` was quantized; None: it was not.
+
+    UnsupportedError if transformers does not know the method: it takes the codes for weights then.
+    """
+    fields = getattr(getattr(model, "config", None), "quantization_config", None)
+    if fields is None:
+        return None
+    fields = dict(fields) if isinstance(fields, dict) else dict(fields.to_dict())
+    if getattr(model, "hf_quantizer", None) is None:
+        raise UnsupportedError(
+            f"the config says that the weights are quantized with {method_of(fields)}, and transformers "
+            "loaded them as if they were not: load the model with tlk.AutoModelForCausalLM"
+        )
+    return fields
+
+
+def _quantized(module: nn.Module, scheme: Scheme) -> bool:
+    leaf = not any(True for _ in module.children())
+    return leaf and hasattr(module, "in_features") and scheme.holds(set(module.state_dict()))
+
+
+def _activations(model: nn.Module) -> torch.dtype:
+    """The dtype of what is not quantized: norms and embeddings."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    found = {m.weight.dtype for m in model.modules() if isinstance(m, nn.Embedding)} & set(kinds)
+    if len(found) != 1:
+        raise UnsupportedError(f"the embeddings of the model must be of one dtype, got {found}")
+    return found.pop()
+
+
+def _read(scheme: Scheme, name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    shape = (module.out_features, module.in_features)
+    try:
+        return scheme.read(name, tensors, shape)
+    except CheckpointError as error:
+        raise UnsupportedError(f"{name} is not as transformers loads it: {error}") from error
+
+
+def _forget(model: Any, fields: dict[str, Any]) -> None:
+    """Let the model be one that nobody quantized, as far as transformers can tell."""
+    if (hook := model.__dict__.pop("ct_decompress_hook", None)) is not None:
+        hook.remove()
+    for flag in FLAGS:
+        model.__dict__.pop(flag, None)
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__["_tlk_stored"] = {"quantization_config": fields}
