@@ -27,11 +27,8 @@ def test_a_context_that_does_not_fit_is_fitted_down_with_a_notice(capsys):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"quantization": "int4-awq"},
-            UnsupportedError,
-            "quantization 'int4-awq' has no kernel yet",
-        ),
+        ({"quantization": "int4-awq"}, ValueError, "calibration must be .* for int4-awq"),
+        ({"quantization": "int3"}, ValueError, "method must be one of fp8, .* got 'int3'"),
         ({"kv_cache_dtype": "int4"}, UnsupportedError, "kv_cache_dtype 'int4'"),
         ({"tensor_parallel_size": 2}, UnsupportedError, "tensor_parallel_size 2 .* 1 works"),
         ({"tensor_parallel_size": 0}, ValueError, "tensor_parallel_size must be at least 1"),

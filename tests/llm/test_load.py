@@ -7,6 +7,7 @@ from tests.models.zoo import tiny
 from tlk.demo.generate import EMBEDDED
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.llm.load import default_params, load, pick_device
+from tlk.quant.config import QuantConfig
 from tlk.runtime.params import SamplingParams
 
 
@@ -90,3 +91,23 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="tlk doctor"):
             pick_device("cuda")
+
+
+def test_a_checkpoint_can_be_quantized_while_it_is_loaded():
+    plain, quantized = (
+        load(EMBEDDED, "float32", "cpu", None, how) for how in (None, QuantConfig("int8-weight"))
+    )
+    layer, own = plain.decoder.layers[0].mlp.down, quantized.decoder.layers[0].mlp.down
+    assert torch.equal(own.weight, own.format.quantize(layer.weight)["weight"])
+    with pytest.raises(ValueError, match=r"tlk.optimize\(model, quantization=…\) first"):
+        load(tiny("llama"), "auto", "cpu", None, QuantConfig("fp8"))
+
+
+def test_a_quantized_checkpoint_is_recognized_and_not_quantized_again(tmp_path):
+    model = tlk.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    tlk.optimize(model, quantization="fp8").save_pretrained(tmp_path / "fp8")
+    text = AutoTokenizer.from_pretrained(EMBEDDED)
+    loaded = load(tmp_path / "fp8", "float32", "cpu", text)
+    assert loaded.decoder.layers[0].mlp.down.weight.dtype == torch.float8_e4m3fn
+    with pytest.raises(ValueError, match="quantized already"):
+        load(tmp_path / "fp8", "float32", "cpu", text, QuantConfig("fp8"))

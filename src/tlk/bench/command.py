@@ -16,6 +16,8 @@ FLAGS: dict[str, tuple[type, str]] = {
     "max_num_batched_tokens": (int, "tokens of one step"),
     "gpu_memory_utilization": (float, "share of the GPU's memory to use"),
     "kv_cache_memory": (int, "bytes of the cache"),
+    "quantization": (str, "of the weights, rounded to nearest: fp8, int8-weight, int4, nf4, …"),
+    "kv_cache_dtype": (str, "of the cache: auto, fp8 or int8"),
     "temperature": (float, "0: the likeliest token"),
     "seed": (int, "of weights, prompts and draws"),
     "warmup": (int, "runs before those that count"),

@@ -60,6 +60,8 @@ class ServingOptions:
     enforce_eager: bool = False
     compile: bool = False
     deterministic: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     temperature: float = 0.0
     seed: int = 0
     warmup: int | None = None
@@ -110,6 +112,7 @@ def measure(kind: Kind, options: ServingOptions) -> dict[str, Any]:
         device,
         options.seed,
         peer=options.compare is not None,
+        quantization=options.quantization,
     )
     sizes, figures = source.sizes(), _measure_peers(kind, options, source)
     engine = Engine(source.decoder, options.engine(), progress=True)

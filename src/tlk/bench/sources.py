@@ -15,7 +15,10 @@ from tlk.hf.binding import bind
 from tlk.hf.checkpoint import load_model
 from tlk.hf.hub import complete_config, read_config, snapshot
 from tlk.hf.weights import DTYPES, load_decoder, random_decoder
-from tlk.models.decoder import Decoder
+from tlk.models.decoder import Decoder, linears
+from tlk.models.families import FAMILIES, weight_sources
+from tlk.quant.config import QuantConfig
+from tlk.quantize.in_place import quantize_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,13 @@ class Source:
         total = {p.data_ptr(): p for p in self.decoder.parameters()}.values()
         numel = sum(p.numel() for p in total)
         size = sum(p.numel() * p.element_size() for p in total)
-        untied = self.decoder.lm_head is not None
-        matrices = sum(p.numel() for p in total if p.dim() == 2)
+        layers = linears(self.decoder)
+        head = layers.pop("lm_head", None)
         return {
             "parameters": numel,
             "bytes": size,
-            "decode_bytes": size - (embedding.nbytes if untied else 0),
-            "linear_parameters": matrices - embedding.numel() * (2 if untied else 1),
+            "decode_bytes": size - (embedding.nbytes if head is not None else 0),
+            "linear_parameters": sum(m.in_features * m.out_features for m in layers.values()),
         }
 
 
@@ -57,12 +60,18 @@ def load_source(
     seed: int,
     *,
     peer: bool,
+    quantization: str | None = None,
 ) -> Source:
     """The model at `model`, or random weights for a shape's name, a config.json or its folder.
 
     dtype "auto": the checkpoint's own; random weights are bfloat16 on a GPU and float32 on a CPU.
-    peer: load it as a model of transformers, and let tlk's decoder share its weights.
+    peer: load it as a model of transformers, and let tlk's decoder share its weights. quantization: a
+    method; weights are rounded to nearest, for speed is the format's and not the calibration's.
     """
+    if peer and quantization is not None:
+        raise ValueError(
+            "quantization must be None where transformers is compared on the same weights"
+        )
     started = time.perf_counter()
     if random_weights is not None:
         config = _config(random_weights)
@@ -74,7 +83,10 @@ def load_source(
             if random_weights is None
             else random_decoder(config, dtype=dtype, device=device, seed=seed)
         )
-        return Source(loaded.decoder, None, loaded.seconds)
+        if quantization is not None:
+            sources = weight_sources(FAMILIES[loaded.family], loaded.decoder.config)
+            quantize_decoder(loaded.decoder, sources, QuantConfig(quantization), None)
+        return Source(loaded.decoder, None, time.perf_counter() - started)
     other: Any
     if random_weights is None:
         wanted = "auto" if dtype == "auto" else DTYPES[dtype]

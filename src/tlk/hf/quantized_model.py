@@ -5,7 +5,8 @@ transformers would ask for. The model of transformers is then made around the de
 quantized layers are `QuantLinear`s of the same names, its other parameters views of the decoder's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tlk.errors import UnsupportedError
 from tlk.hf.hub import read_config, snapshot
-from tlk.hf.quant_linear import quantized_like
+from tlk.hf.quant_linear import QuantLinear, quantized_like
+from tlk.hf.quantized_checkpoint import SHARD, QuantizedModel, save_quantized
 from tlk.hf.weights import load_decoder
 from tlk.models.decoder import Decoder, linears
 from tlk.models.families import FAMILIES, weight_sources
@@ -99,14 +101,15 @@ def adopt(
     decoder: Decoder,
     sources: Mapping[str, tuple[str, ...]],
     dtype: torch.dtype,
-) -> list[str]:
+    names: Collection[str] | None = None,
+) -> None:
     """Make `QuantLinear`s, with activations in `dtype`, of what `decoder` stores quantized.
 
-    Returns the names of the modules of `model` that they replaced, and whose weights are let go.
+    The modules of `model` that they replace let go of their weights. names: of layers of the decoder;
+    None are all.
     """
-    replaced = []
     for name, linear in linears(decoder).items():
-        if isinstance(linear.format, Dense):
+        if isinstance(linear.format, Dense) or (names is not None and name not in names):
             continue
         start = 0
         for part in sources[f"{name}.weight"]:
@@ -116,9 +119,7 @@ def adopt(
             stop = start + module.out_features
             packed = rows(linear.packed(), start, stop)
             model.set_submodule(module_name, quantized_like(module, linear.format, packed, dtype))
-            replaced.append(module_name)
             start = stop
-    return replaced
 
 
 def _class_of(kind: Any, config: Any) -> Any:
@@ -138,3 +139,29 @@ def _device(device_map: Any) -> torch.device:
     if isinstance(device_map, dict | list) or device_map in ("balanced", "sequential"):
         raise UnsupportedError(f"device_map {device_map!r}: tlk runs a model on one device")
     return torch.device(device_map)
+
+
+def save(model: Any, folder: Path, *, format: str | None = None, shard: int = SHARD) -> str:
+    """Write a model with `QuantLinear`s to `folder` in the standard layout of its formats; returns its name.
+
+    folder: a new one, or an empty one. format: a layout of `save_quantized`. Raises FileExistsError for a
+    folder that holds something: what is there is never touched.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    linear = [n for n, m in model.named_modules() if isinstance(m, QuantLinear | nn.Linear)]
+    stored = QuantizedModel(
+        fields={**model.config.to_dict(), "architectures": [type(model).__name__]},
+        formats={n: m.format for n, m in layers.items()},
+        shapes={n: (m.out_features, m.in_features) for n, m in layers.items()},
+        layers=lambda: ((n, m.packed()) for n, m in layers.items()),
+        dense=lambda: ((n, p.detach()) for n, p in model.named_parameters()),
+        linears=linear,
+        dtype=next(model.parameters()).dtype,
+    )
+    report = model.__dict__.get("_tlk_report")
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    name = save_quantized(stored, folder, format=format, report=report, shard=shard)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    return name

@@ -16,6 +16,9 @@ from tlk.hf.hub import GENERATION, generation_defaults, snapshot
 from tlk.hf.weights import load_decoder
 from tlk.llm.inputs import Text
 from tlk.models.decoder import Decoder
+from tlk.models.families import FAMILIES, weight_sources
+from tlk.quant.config import QuantConfig
+from tlk.quantize.in_place import quantize_decoder
 from tlk.runtime.params import SamplingParams
 
 
@@ -34,20 +37,31 @@ class Loaded:
     seconds: float
 
 
-def load(model: Any, dtype: str, device: str, tokenizer: Any) -> Loaded:
+def load(
+    model: Any, dtype: str, device: str, tokenizer: Any, quantization: QuantConfig | None = None
+) -> Loaded:
     """The model at a path or hub id, or a model object of transformers, whose weights are shared.
 
     dtype "auto" is the checkpoint's or the object's own; device "auto" the GPU if there is one, or
     where the object is. tokenizer: an object, a path or hub id, or None for the model's own.
+    quantization: what to make of a checkpoint's 16-bit weights.
     """
     started = time.perf_counter()
     if isinstance(model, nn.Module):
+        if quantization is not None:
+            raise ValueError(
+                "quantization must be None for a model object: tlk.optimize(model, quantization=…) first"
+            )
         decoder = _shared(model, dtype, device)
         how, folder = _habits(model), _folder_of(model)
     elif isinstance(model, str | Path):
         folder = snapshot(str(model))
         place = pick_device(device)
-        decoder = load_decoder(str(folder), dtype=dtype, device=place).decoder
+        loaded = load_decoder(str(folder), dtype=dtype, device=place)
+        decoder = loaded.decoder
+        if quantization is not None:
+            sources = weight_sources(FAMILIES[loaded.family], decoder.config)
+            quantize_decoder(decoder, sources, quantization, folder)
         how = generation_defaults(str(folder))
     else:
         raise TypeError(

@@ -1,5 +1,6 @@
 """Quantize the linear layers of a transformers model in place, and undo that from its checkpoint."""
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from tlk.hf.binding import bind
 from tlk.hf.checkpoint import load, load_tokenizer
 from tlk.hf.quant_linear import QuantLinear
 from tlk.hf.quantized_model import adopt
+from tlk.models.decoder import Decoder, linears
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.config import QuantConfig
-from tlk.quantize.calibration import LENGTH, SAMPLES, Calibration, read_calibration
+from tlk.quant.format import Dense
+from tlk.quantize.calibration import LENGTH, SAMPLES
+from tlk.quantize.checkpoint import calibration_rows
 from tlk.quantize.layers import LayerResult
-from tlk.quantize.plan import plan
-from tlk.quantize.run import by_layer, data_is_needed, run
+from tlk.quantize.plan import Plan, plan
+from tlk.quantize.run import Quantized, by_layer, data_is_needed, run
 
 
 @torch.no_grad()
@@ -36,26 +40,55 @@ def quantize_in_place(
     that tlk does not run, or of which nothing can be quantized; ValueError for a model that is
     quantized already, or without the calibration that a method needs.
     """
-    config = _config(quantization, calibration)
+    config = as_config(quantization, calibration)
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("model is quantized already: load the one it came from")
     binding = bind(model)
     decoder = binding.decoder
     sources = weight_sources(FAMILIES[binding.family], decoder.config)
-    planned = plan(decoder, sources, config, strict=strict)
-    data = _data(model, config, decoder.config.max_position_embeddings)
-    layers, dtype = by_layer(planned), next(model.parameters()).dtype
-
-    def done(i: int, result: LayerResult) -> None:
-        prefix = f"layers.{i}." if i < planned.layers else ""
-        names = {prefix + name for name in layers.get(i, ())}
-        adopt(model, decoder, sources, dtype, names)
-
-    result = run(decoder, planned, data, binding.device, done=done, progress=progress)
+    dtype, own = next(model.parameters()).dtype, Path(getattr(model, "name_or_path", "") or "")
+    planned, result = quantize_decoder(
+        decoder, sources, config, own if own.name and own.is_dir() else None, strict=strict,
+        done=lambda names: adopt(model, decoder, sources, dtype, names), progress=progress,
+    )  # fmt: skip
     model.__dict__["_tlk_kept"] = dict(planned.kept)
-    model.__dict__["_tlk_quantization"] = config
     model.__dict__["_tlk_report"] = result.report
     return result.report
+
+
+def quantize_decoder(
+    decoder: Decoder,
+    sources: Mapping[str, tuple[str, ...]],
+    config: QuantConfig,
+    folder: Path | None,
+    *,
+    strict: bool = False,
+    done: Callable[[Collection[str]], object] = lambda names: None,
+    progress: bool = True,
+) -> tuple[Plan, Quantized]:
+    """Store the linear layers of `decoder` as `config` says, where they lie.
+
+    sources: as `weight_sources` gives them. folder: where the tokenizer for calibration texts lies.
+    done: told the names of the linear layers of each layer when they are stored. Raises as
+    `quantize_in_place` does.
+    """
+    if any(not isinstance(linear.format, Dense) for linear in linears(decoder).values()):
+        raise ValueError("model is quantized already: quantization must be None for it")
+    planned = plan(decoder, sources, config, strict=strict)
+    layers = by_layer(planned)
+
+    def stored(i: int, result: LayerResult) -> None:
+        prefix = f"layers.{i}." if i < planned.layers else ""
+        done({prefix + name for name in layers.get(i, ())})
+
+    data = None
+    if config.calibration is not None:
+        data = calibration_rows(
+            config.calibration, lambda: _tokenizer(folder), vocab_size=decoder.config.vocab_size,
+            samples=SAMPLES, length=min(LENGTH, decoder.config.max_position_embeddings),
+        )  # fmt: skip
+    device = decoder.embedding.weight.device
+    return planned, run(decoder, planned, data, device, done=stored, progress=progress)
 
 
 def read_again(model: nn.Module) -> None:
@@ -84,7 +117,8 @@ def read_again(model: nn.Module) -> None:
     own.__dict__.update(fresh.__dict__)
 
 
-def _config(quantization: str | QuantConfig, calibration: Any) -> QuantConfig:
+def as_config(quantization: str | QuantConfig, calibration: Any = None) -> QuantConfig:
+    """What a user asks for as a QuantConfig; ValueError if it lacks the calibration that it needs."""
     config = quantization
     if not isinstance(config, QuantConfig):
         config = QuantConfig(config)
@@ -97,21 +131,9 @@ def _config(quantization: str | QuantConfig, calibration: Any) -> QuantConfig:
     return config
 
 
-def _data(model: Any, config: QuantConfig, longest: int) -> Calibration | None:
-    if config.calibration is None:
-        return None
-    path = Path(getattr(model, "name_or_path", "") or "")
-    encode = None
-    if path.name and path.is_dir():
-        tokenizer = load_tokenizer(str(path))
-
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return read_calibration(
-        config.calibration,
-        encode,
-        vocab_size=model.config.vocab_size,
-        samples=SAMPLES,
-        length=min(LENGTH, longest),
-    )
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        raise ValueError(
+            "calibration must be token ids: the model does not come from a folder with a tokenizer"
+        )
+    return load_tokenizer(str(folder))
