@@ -36,8 +36,8 @@ def attend(q, k, v, causal, window_left=-1, logits_soft_cap=None):
     return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v)
 
 
-def single_prefill(q, k, v, *, causal, window_left, logits_soft_cap, backend):
-    assert backend in ("fa2", "fa3")
+def single_prefill(q, k, v, *, causal, window_left, logits_soft_cap, backend, o_dtype):
+    assert backend in ("fa2", "fa3") and o_dtype == q.dtype
     return attend(q, k, v, causal, window_left, logits_soft_cap)
 
 

@@ -30,6 +30,7 @@ def _prefill(case: Case, inputs: tuple[Any, ...], backend: str) -> Call:
         "window_left": o["window"] - 1 if o.get("window") else -1,
         "logits_soft_cap": o.get("softcap") or None,
         "backend": backend,
+        "o_dtype": q.dtype if q.itemsize > 1 else torch.bfloat16,  # of fp8, with scales of one
     }
     q, k, v = q[0], k[0], v[0]
     return lambda: run(q, k, v, **options)
