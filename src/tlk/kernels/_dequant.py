@@ -51,7 +51,7 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, int]:
         n, width = self.weight.shape
-        return n, width * (1 if self.kind in ("int8", "fp8") else 2)
+        return n, width * halves(self.kind)
 
     @property
     def whole_rows(self) -> bool:
@@ -148,11 +148,14 @@ def check_extras(w: Quantized, n: int, groups: int) -> None:
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def halves(kind: str) -> int:
+    """How many codes share a byte."""
+    return 1 if kind in ("int8", "fp8") else 2
+
+
 def run_bytes(w: Quantized) -> int:
     """How many bytes of a row kernels that go group by group take as one, a power of two."""
-    if w.whole_rows:
-        return 128
-    return w.group_size // (1 if w.kind in ("int8", "fp8") else 2)
+    return 128 if w.whole_rows else w.group_size // halves(w.kind)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -189,28 +192,22 @@ def _e8m0(byte):
 
 @triton.jit
 def _group_scale(
-    scale_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
-    row, group, mask, groups, stride_absmax, KIND: tl.constexpr, BLOCKS: tl.constexpr,
+    scale_ptr, global_ptr, row, group, mask, groups, KIND: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
     """The float32 scale of `group` of `row`."""
     scale_row = row // 128 if BLOCKS else row
     stored = tl.load(scale_ptr + scale_row * groups + group, mask, other=0)
     if KIND == "mx4":
         return _e8m0(stored.to(tl.int32))
-    if KIND == "nv4":
+    elif KIND == "nv4":
         return _e4m3(stored.to(tl.int32)) * tl.load(global_ptr + row, mask, other=0.0)
-    if absmax_ptr is not None:
-        block = tl.load(start_ptr + row, mask, other=0) + group
-        outer = tl.load(absmax_ptr + row * stride_absmax + block // 256, mask, other=0.0)
-        inner = tl.load(map_ptr + stored.to(tl.int32), mask, other=0.0)
-        return inner * outer + tl.load(offset_ptr + row, mask, other=0.0)
-    return stored.to(tl.float32)
+    else:
+        return stored.to(tl.float32)
 
 
 @triton.jit
 def _values(
-    w, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
-    row, run, in_run, mask, groups, stride_absmax,
+    w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, in_run, mask, groups,
     KIND: tl.constexpr, WHOLE_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """float32 values of bytes `w` [..., runs, bytes], int32: of low halves and of high ones, or twice all.
@@ -220,10 +217,7 @@ def _values(
     """
     group = run * 0 if WHOLE_ROWS else run
     in_scale = in_run & (row >= 0)
-    s = _group_scale(
-        scale_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
-        row, group, in_scale, groups, stride_absmax, KIND, BLOCKS,
-    )  # fmt: skip
+    s = _group_scale(scale_ptr, global_ptr, row, group, in_scale, groups, KIND, BLOCKS)
     z = 8.0 if KIND == "int4" else 0.0
     if zero_ptr is not None:
         z = tl.load(zero_ptr + row * groups + group, in_scale, other=0).to(tl.float32)

@@ -15,6 +15,8 @@ integer (16 lanes a cycle and SM) and none is moved to another lane.
 import triton
 import triton.language as tl
 
+from tlk.kernels._dequant import _e4m3, _e8m0
+
 
 @triton.jit
 def _fma(a, b, c, HALF: tl.constexpr):
@@ -127,24 +129,32 @@ def _e2m1_pair(w, BIT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _table_bytes(table_ptr, FIRST: tl.constexpr, BYTE: tl.constexpr, DTYPE: tl.constexpr):
-    """Low or high bytes of four entries of the table, rounded to DTYPE, as one int32."""
-    word = 0
-    for i in tl.static_range(4):
-        value = tl.load(table_ptr + FIRST + i).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-        word |= ((value >> (8 * BYTE)) & 0xFF) << (8 * i)
-    return word
+def _table_bits(table_ptr, FIRST: tl.constexpr, DTYPE: tl.constexpr):
+    """Two entries of the table, rounded to DTYPE, as the halves of an int32."""
+    both = tl.load(table_ptr.to(tl.pointer_type(tl.int64)) + FIRST // 2)
+    low = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True).to(DTYPE)
+    high = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True).to(DTYPE)
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
+def _table_bytes(table_ptr, FIRST: tl.constexpr, DTYPE: tl.constexpr):
+    """The low bytes of four entries of the table as one int32, and their high bytes."""
+    a = _table_bits(table_ptr, FIRST, DTYPE)
+    b = _table_bits(table_ptr, FIRST + 2, DTYPE)
+    low = (a & 0xFF) | (a >> 8 & 0xFF00) | (b & 0xFF) << 16 | (b << 8 & -0x1000000)
+    return low, (a >> 8 & 0xFF) | (a >> 16 & 0xFF00) | (b << 8 & 0xFF0000) | (b & -0x1000000)
 
 
 @triton.jit
 def _table(table_ptr, DTYPE: tl.constexpr):
     """The low bytes of 16 entries in four registers, and their high bytes."""
-    return (
-        _table_bytes(table_ptr, 0, 0, DTYPE), _table_bytes(table_ptr, 4, 0, DTYPE),
-        _table_bytes(table_ptr, 8, 0, DTYPE), _table_bytes(table_ptr, 12, 0, DTYPE),
-        _table_bytes(table_ptr, 0, 1, DTYPE), _table_bytes(table_ptr, 4, 1, DTYPE),
-        _table_bytes(table_ptr, 8, 1, DTYPE), _table_bytes(table_ptr, 12, 1, DTYPE),
-    )  # fmt: skip
+    l0, h0 = _table_bytes(table_ptr, 0, DTYPE)
+    l1, h1 = _table_bytes(table_ptr, 4, DTYPE)
+    l2, h2 = _table_bytes(table_ptr, 8, DTYPE)
+    l3, h3 = _table_bytes(table_ptr, 12, DTYPE)
+    return l0, l1, l2, l3, h0, h1, h2, h3
 
 
 @triton.jit
@@ -208,3 +218,75 @@ def _minus(zero, KIND: tl.constexpr, DTYPE: tl.constexpr):
     else:
         offset: tl.constexpr = 1152.0 if tl.float16 == DTYPE else 0.0
     return _number_pair(-(zero.to(tl.float32) + offset), DTYPE)
+
+
+@triton.jit
+def _stored_scale(scale_ptr, row, group, mask, groups, KIND: tl.constexpr):
+    """The scale of a group as it is stored; two in an int16 for nv4."""
+    if KIND == "nv4":
+        pairs = scale_ptr.to(tl.pointer_type(tl.int16))
+        return tl.load(pairs + row * (groups // 2) + group // 2, mask, other=0)
+    elif KIND == "fp8":
+        return tl.load(scale_ptr + row // 128 * groups + group, mask, other=0.0)
+    else:
+        return tl.load(scale_ptr + row * groups + group, mask, other=0)
+
+
+@triton.jit
+def _scale_pair(stored, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """Scales as pairs of DTYPE; a last dimension of two for nv4."""
+    if KIND == "nv4":
+        both = stored.to(tl.int32)
+        low = _number_pair(_e4m3(both & 0xFF), DTYPE)
+        return tl.join(low, _number_pair(_e4m3(both >> 8 & 0xFF), DTYPE))
+    elif KIND == "mx4":
+        exponent = stored.to(tl.int32)
+        if tl.bfloat16 == DTYPE:
+            return _twice(tl.where(exponent == 0, 0x40, exponent << 7))
+        else:
+            return _number_pair(_e8m0(exponent), DTYPE)
+    elif KIND == "table4" or KIND == "fp8":
+        return _number_pair(stored, DTYPE)
+    else:
+        return _twice(stored.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+
+
+@triton.jit
+def _numbers(pairs, DTYPE: tl.constexpr):
+    """int32 pairs as DTYPE, with a last dimension of two."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _finished(pairs, zero, factor, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    pairs = _less(pairs, zero, KIND, DTYPE)
+    if factor is not None:
+        pairs = _scaled(pairs, factor, tl.float16 == DTYPE)
+    return _numbers(pairs, DTYPE)
+
+
+@triton.jit
+def _decoded(w, zero, factor, table, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """Words of codes as numbers: two more dimensions of two of a word's pairs, one of its halves."""
+    HALF: tl.constexpr = tl.float16 == DTYPE
+    if KIND == "table4":
+        p0, q0 = _looked_up(w, table)
+        p1, q1 = _looked_up(w >> 16, table)
+    else:
+        p0 = _pairs(w, 0, KIND, HALF)
+        p1 = _pairs(w, 8, KIND, HALF)
+    low = tl.join(
+        _finished(p0, zero, factor, KIND, DTYPE), _finished(p1, zero, factor, KIND, DTYPE)
+    )
+    if KIND == "int8" or KIND == "fp8":
+        return low
+    else:
+        if KIND != "table4":
+            q0 = _pairs(w, 4, KIND, HALF)
+            q1 = _pairs(w, 12, KIND, HALF)
+        high = tl.join(
+            _finished(q0, zero, factor, KIND, DTYPE), _finished(q1, zero, factor, KIND, DTYPE)
+        )
+        return tl.join(low, high)

@@ -8,8 +8,6 @@ For many rows the weight is dequantized once and cuBLAS multiplies; sums are flo
 Cost: the packed weight is read once for few rows; 2·M·N·K flops for many.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -20,69 +18,23 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
-from tlk.kernels._dequant import Quantized, check_quantized, run_bytes
-from tlk.kernels._dequant_linear import launch, scales_of
-from tlk.kernels._device import sm, sm_count
-from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels._dequant import Quantized, check_quantized
+from tlk.kernels._dequant_configs import VERSION, candidates, choose, default_config
+from tlk.kernels._dequant_linear import launch_mma
+from tlk.kernels._dequant_sums import launch_sums
+from tlk.kernels._dequant_wide import launch_wide
 from tlk.kernels._op import op
 from tlk.kernels.activation import gelu_and_mul, silu_and_mul
-from tlk.kernels.dequantize import dequantize_reference, dequantize_unchecked
+from tlk.kernels.dequantize import dequantize_reference, dequantize_unchecked, unnested
 from tlk.kernels.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
 from tlk.kernels.matmul import ACTIVATIONS, activate_reference, matmul, matmul_reference
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.norm_linear import check_norm_weight
 from tlk.kernels.tuning import Config
 
+__all__ = ["VERSION", "candidates", "default_config", "dequant_mm", "dequant_mm_reference"]
+
 BACKENDS = (None, "triton", "cublas", "invariant")
-
-VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
-
-
-CUBLAS: Config = {"backend": "cublas"}
-"""Dequantize, then matmul."""
-
-MOST_ROWS = 16
-"""Rows of x that "mma" and "sums" take by default."""
-
-
-def fits_mma(x: Tensor, w: Quantized) -> bool:
-    """Whether tensor cores can take the codes in words of 16 bytes as they lie."""
-    weight = w.weight
-    aligned = weight.shape[1] % 16 == weight.stride(0) % 16 == weight.storage_offset() % 16 == 0
-    return (
-        sm(x.device) >= 80
-        and x.dtype != torch.float32
-        and aligned
-        and w.scale.storage_offset() % 2 == 0
-        and scales_of(w, 4) is not None
-    )
-
-
-@lru_cache
-def mma_config(processors: int, m: int, n: int, k: int) -> Config:
-    """The default of "mma" for m rows of x and a weight [n, k]; fits every SM from sm_80."""
-    block_m = max(next_power_of_2(min(m, 16)), 8)
-    rows = 2 if cdiv(n, 32) >= processors else 1
-    meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS_N": 1, "WARPS_K": 8, "TILES": 1, "WORDS": 4}
-    return {"backend": "triton", "kernel": "mma", "meta": {**meta, "PREFETCH": 0, "STAGES": 1}}
-
-
-def sums_config(m: int, w: Quantized) -> Config:
-    """The configuration without tensor cores; fits every SM."""
-    block_m = min(next_power_of_2(max(m, 1)), 4)
-    run = run_bytes(w)
-    meta = {"BLOCK_M": block_m, "BLOCK_N": 4, "RUN": run, "RUNS": max(512 // run, 1)}
-    return {"backend": "triton", "kernel": "sums", "meta": {**meta, "num_warps": 4}}
-
-
-def choose(x: Tensor, w: Quantized, backend: str | None) -> Config:
-    """The configuration of one call."""
-    m, (n, k) = x.shape[:-1].numel(), w.shape
-    if backend in ("cublas", "invariant") or (backend is None and m > MOST_ROWS):
-        return CUBLAS
-    if fits_mma(x, w):
-        return mma_config(sm_count(x.device), m, n, k)
-    return sums_config(m, w)
 
 
 def dequant_mm_reference(
@@ -137,12 +89,41 @@ def _chosen_backend(
     backend: str | None = None,
 ) -> str:
     w = Quantized(weight, scale, zero, table, global_scale, nested, kind, group_size)
-    norm = "" if norm_weight is None else "rms_norm+"
-    if choose(x, w, backend)["backend"] == "triton":
+    config = choose(x, w, backend)
+    norm = "rms_norm+" if norm_weight is not None and config.get("kernel") != "wide" else ""
+    if config["backend"] == "triton":
         return norm + "triton"
     product = "invariant" if backend == "invariant" else "cublas"
     act = "" if not gated else "+silu_and_mul" if activation == "silu" else "+gelu_and_mul"
     return f"{norm}dequantize+{product}{act}"
+
+
+def _launch(
+    config: Config,
+    x: Tensor,
+    w: Quantized,
+    bias: Tensor | None,
+    activation: str | None,
+    y: Tensor,
+    residual: Tensor | None,
+    gated: bool,
+    norm: tuple[Tensor, float, float] | None = None,
+) -> None:
+    """Run the kernel that `config` names; the norm, in a kernel of its own where "wide" does not take it."""
+    kernel = config["kernel"]
+    if norm is not None and kernel != "wide":
+        norm_weight, eps, weight_offset = norm
+        x = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
+    m, n, late = y.shape[:-1].numel(), y.shape[-1], bool(w.nested)
+    x, y = x.reshape(m, x.shape[-1]), y.view(m, n)
+    residual = None if residual is None else residual.reshape(m, n)
+    w = unnested(w)
+    if kernel == "sums":
+        launch_sums(config, x, w, bias, activation, y, residual, gated)
+    elif kernel == "mma":
+        launch_mma(config, x, w, bias, activation, y, residual, gated, late)
+    else:
+        launch_wide(config, x, w, bias, activation, y, residual, gated, late, norm)
 
 
 @op(dequant_mm_reference, backend=_chosen_backend)
@@ -170,13 +151,14 @@ def _dequant_mm(
     y_shape = (*x.shape[:-1], n // 2 if gated else n)
     if 0 in y_shape:
         return x.new_empty(y_shape)
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
     config = choose(x, w, backend)
     if config["backend"] == "triton":
         y = x.new_empty(y_shape)
-        launch(config, x, w, bias, activation, y, residual, gated)
+        norm = None if norm_weight is None else (norm_weight, eps, weight_offset)
+        _launch(config, x, w, bias, activation, y, residual, gated, norm)
         return y
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
     dense = dequantize_unchecked(w, x.dtype)
     product = "invariant" if backend == "invariant" else "cublas"
     if not gated:

@@ -8,6 +8,8 @@ is bit-equal to the kernel, which must not contract a product and a sum.
 Cost: the packed weight is read and N·K·itemsize bytes are written.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,9 @@ from tlk.kernels._dequant import (
     check_quantized,
     run_bytes,
 )
-from tlk.kernels._ints import cdiv
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
+from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -88,8 +91,7 @@ def dequantize_reference(
 
 @triton.jit
 def _dequantize_kernel(
-    w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
-    out_ptr, N, WIDTH, groups, stride_w, stride_absmax,
+    w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, out_ptr, N, WIDTH, groups, stride_w,
     KIND: tl.constexpr, WHOLE_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -102,31 +104,61 @@ def _dequantize_kernel(
     mask = (row < N) & (byte < WIDTH)
     w = tl.load(w_ptr + row * stride_w + byte, mask, other=0).to(tl.int32)
     low, high = _values(
-        w, scale_ptr, zero_ptr, table_ptr, global_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr,
-        row, run, (row < N) & (run * RUN < WIDTH), mask, groups, stride_absmax,
-        KIND, WHOLE_ROWS, BLOCKS,
+        w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, (row < N) & (run * RUN < WIDTH), mask,
+        groups, KIND, WHOLE_ROWS, BLOCKS,
     )  # fmt: skip
     if KIND == "int8" or KIND == "fp8":
         tl.store(out_ptr + row * WIDTH + byte, low.to(DTYPE), mask)
-        return
-    at = out_ptr + row * 2 * WIDTH + (byte if WHOLE_ROWS else byte + run * RUN)
-    tl.store(at, low.to(DTYPE), mask)
-    tl.store(at + (WIDTH if WHOLE_ROWS else RUN), high.to(DTYPE), mask)
+    else:
+        at = out_ptr + row * 2 * WIDTH + (byte if WHOLE_ROWS else byte + run * RUN)
+        tl.store(at, low.to(DTYPE), mask)
+        tl.store(at + (WIDTH if WHOLE_ROWS else RUN), high.to(DTYPE), mask)
 
 
 def _launch(w: Quantized, out: Tensor) -> None:
     n, width = w.weight.shape
-    absmax, start, values, offset = w.nested or (None, None, None, None)
     run = run_bytes(w)
     runs, rows = max(1024 // run, 1), 4
     grid = (cdiv(n, rows) * cdiv(width, run * runs),)
     _dequantize_kernel[grid](
-        as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale,
-        absmax, start, values, offset, out,
-        n, width, w.scale.shape[1], w.weight.stride(0), 0 if absmax is None else absmax.stride(0),
-        w.kind, w.whole_rows, w.blocks, ROWS=rows, RUN=run, RUNS=runs,
-        num_warps=8, enable_fp_fusion=False,
+        as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale, out,
+        n, width, w.scale.shape[1], w.weight.stride(0), w.kind, w.whole_rows, w.blocks,
+        ROWS=rows, RUN=run, RUNS=runs, num_warps=8,
     )  # fmt: skip
+
+
+@triton.jit
+def _unnest_kernel(
+    code_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr, out_ptr, groups, stride_absmax,
+    PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK scales of a row: map[code] · absmax of 256 of them + offset."""
+    allow_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = group < groups
+    code = tl.load(code_ptr + row * groups + group, mask, other=0).to(tl.int32)
+    block = (tl.load(start_ptr + row) + group) // 256
+    absmax = tl.load(absmax_ptr + row * stride_absmax + block, mask, other=0.0)
+    scale = tl.load(map_ptr + code) * absmax + tl.load(offset_ptr + row)
+    wait_for_previous(PDL)
+    tl.store(out_ptr + row * groups + group, scale, mask)
+
+
+def unnested(w: Quantized) -> Quantized:
+    """`w` with float32 scales, where its own are nested: written by a kernel of N·K/G elements."""
+    if not w.nested:
+        return w
+    n, groups = w.scale.shape
+    scale = torch.empty(n, groups, device=w.scale.device)
+    absmax, start, values, offset = w.nested
+    dependent = pdl(w.scale.device)
+    block = min(next_power_of_2(groups), 256)
+    _unnest_kernel[(n, cdiv(groups, block))](
+        w.scale, absmax, start, values, offset, scale, groups, absmax.stride(0), dependent, block,
+        num_warps=max(block // 128, 1), enable_fp_fusion=False, launch_pdl=dependent,
+    )  # fmt: skip
+    return replace(w, scale=scale, nested=[])
 
 
 @op(dequantize_reference)
@@ -144,7 +176,7 @@ def _dequantize(
     w = Quantized(weight, scale, zero, table, global_scale, nested, kind, group_size)
     out = weight.new_empty(w.shape, dtype=dtype)
     if out.numel() > 0:
-        _launch(w, out)
+        _launch(unnested(w), out)
     return out
 
 

@@ -1,0 +1,145 @@
+"""Which kernel `dequant_mm` runs, and in which configuration: measured tables, then closed forms.
+
+Tables are called "dequant_mm." and the kind, with dims (N, K, G); G is K for whole rows. Defaults are the
+winners on an H100 (triton 3.6) for the four linears of a Llama-3.1-8B layer, cold weights, in CUDA graphs.
+"""
+
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from tlk.kernels._dequant import Quantized, halves, run_bytes
+from tlk.kernels._dequant_linear import scales_of
+from tlk.kernels._device import sm, sm_count
+from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels.tuning import Config, lookup
+
+VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+
+CUBLAS: Config = {"backend": "cublas"}
+"""Dequantize, then matmul."""
+
+FEW_ROWS = 16
+"""Rows of x that "mma" and "sums" take by default."""
+
+MANY_ROWS = 1024
+"""Rows of x from which the weight is dequantized for cuBLAS."""
+
+
+def choose(x: Tensor, w: Quantized, backend: str | None) -> Config:
+    """The configuration of one call: forced, measured or the default."""
+    if backend in ("cublas", "invariant"):
+        return CUBLAS
+    m, (n, k), arch = x.shape[:-1].numel(), w.shape, sm(x.device)
+    if not _tensor_cores_fit(x, w, arch):
+        return sums_config(m, w) if m <= FEW_ROWS or backend == "triton" else CUBLAS
+    dims = n, k, k if w.whole_rows else w.group_size
+    config = lookup(f"dequant_mm.{w.kind}", VERSION, x.device, x.dtype, dims, m)
+    if config is not None and (config["backend"] != "cublas" or backend is None):
+        return config
+    config = default_config(arch, sm_count(x.device), x.dtype, dims, max(m, 1), kind=w.kind)
+    if config["backend"] == "cublas" and backend == "triton":
+        return wide_config(arch, sm_count(x.device), m, n, k)
+    return config
+
+
+def _tensor_cores_fit(x: Tensor, w: Quantized, arch: int) -> bool:
+    """Whether "mma" and "wide" can take the codes in runs of 16 bytes as they lie."""
+    weight = w.weight
+    aligned = weight.shape[1] % 16 == weight.stride(0) % 16 == weight.storage_offset() % 16 == 0
+    return (
+        arch >= 80
+        and x.dtype != torch.float32
+        and aligned
+        and w.scale.storage_offset() % 2 == 0
+        and scales_of(w, 4) is not None
+    )
+
+
+def default_config(
+    arch: int,
+    processors: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+    *,
+    kind: str,
+) -> Config:
+    """What runs `running` rows of x and a weight of `dims` (N, K, G) where no table says anything."""
+    n, k, _ = dims
+    if running <= FEW_ROWS:
+        return mma_config(processors, kind, running, dims)
+    return wide_config(arch, processors, running, n, k) if running < MANY_ROWS else CUBLAS
+
+
+@lru_cache
+def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Config:
+    """The default of "mma" for m rows of x; fits every SM from sm_80."""
+    n, _, group = dims
+    block_m = next_power_of_2(min(m, 16))
+    words = 2 if kind == "table4" and group == 64 else 4
+    warps = 4 if cdiv(n, 16) >= 2.5 * processors else 8
+    if block_m < 16:
+        tiles, rows = 4 if warps == 4 else 2, 1
+    else:
+        tiles, rows = (2 if halves(kind) == 1 else 1), 2
+    meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles * 4 // words}
+    return {"backend": "triton", "kernel": "mma", "meta": meta | {"WORDS": words}}
+
+
+@lru_cache
+def wide_config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
+    """The default of "wide" for m rows of x and a weight [n, k]; fits every SM from sm_80."""
+    block_m = min(max(next_power_of_2(max(m, 1)), 16), 128)
+    tall = cdiv(n, 128) * cdiv(m, block_m) >= processors
+    block_n, warps = (128, 8) if tall else (64, 4)
+    splits = 1
+    while splits < 8 and 2 * splits * cdiv(n, block_n) * cdiv(m, block_m) <= 2 * processors:
+        splits *= 2
+    stages = 3 if arch in (80, 90, 100) else 2
+    meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_N": 1, "SPLITS": splits}
+    meta |= {"WARPS": warps, "STAGES": stages}
+    return {"backend": "triton", "kernel": "wide", "meta": meta}
+
+
+def sums_config(m: int, w: Quantized) -> Config:
+    """The configuration without tensor cores; fits every SM."""
+    block_m = min(next_power_of_2(max(m, 1)), 4)
+    run = run_bytes(w)
+    meta = {"BLOCK_M": block_m, "BLOCK_N": 4, "RUN": run, "RUNS": max(512 // run, 1)}
+    return {"backend": "triton", "kernel": "sums", "meta": meta | {"num_warps": 4}}
+
+
+def candidates(
+    arch: int,
+    processors: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+    *,
+    kind: str,
+) -> list[Config]:
+    """What may be fastest for `running` rows of x and a weight of `dims` (N, K, G)."""
+    found: list[Config] = []
+    group = dims[2]
+    if arch < 80 or dtype == torch.float32:
+        return found
+    if running <= 2 * FEW_ROWS:
+        block_m = next_power_of_2(running)
+        widths = (2, 4) if kind == "table4" and group == 64 else (4,)
+        for words, rows, warps, tiles in product(widths, (1, 2), (4, 8), (1, 2, 4, 8)):
+            if tiles * rows * max(block_m // 8, 1) * words <= 64:
+                meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles}
+                meta |= {"WORDS": words}
+                found.append({"backend": "triton", "kernel": "mma", "meta": meta})
+    if running >= FEW_ROWS:
+        for block_m, (block_n, warps), splits, stages in product(
+            (16, 32, 64, 128, 256), ((64, 4), (128, 8)), (1, 2, 4), (3, 4)
+        ):
+            if block_m < 2 * running <= 4 * max(block_m, 64 if block_m < 256 else running):
+                meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_N": 1, "SPLITS": splits}
+                meta |= {"WARPS": warps, "STAGES": stages}
+                found.append({"backend": "triton", "kernel": "wide", "meta": meta})
+    return [*found, CUBLAS]
