@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tlk.quant.scaling import best
+from tlk.quant.scaling import NotFinite, best
 
 
 def scales(*settings):
@@ -21,7 +21,7 @@ def test_the_identity_wins_among_equals():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_chosen(value):
     assert best(scales(None, 2), lambda s: value if s[0] == 2 else 7.0).setting is None
-    with pytest.raises(ValueError, match="loss must be finite where nothing is scaled"):
+    with pytest.raises(NotFinite, match=f"the loss is {value} where nothing is scaled"):
         best(scales(None, 2), lambda s: value)
 
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.quantize.tiny import data, decoder, planned
+from tlk.errors import CheckpointError
 from tlk.quant.format import DENSE
 from tlk.quantize import layers as module
 from tlk.quantize.layers import Stream, calibrate_head, calibrate_layer, quantize_layer
@@ -138,6 +139,30 @@ def test_what_is_not_a_target_stays_but_may_take_a_scale():
     assert not torch.allclose(layer.mlp.gate_up.weight[96:], up[96:])
     error = (stream.x.flatten(0, 1) - exact).norm() / exact.norm()
     assert error < 0.1
+
+
+@pytest.mark.parametrize("method", ["int4-awq", "int8", "int4-gptq"])
+def test_a_search_that_fails_leaves_the_layer_rounded_and_says_so(method):
+    """Outputs overflow: there is no loss to compare and no Hessian to invert."""
+    made, sources = prepared(num_key_value_heads=4)
+    layer, stream = made.layers[0], stream_of(made)
+    with torch.no_grad():
+        layer.attention.out.weight[0, 0] = 3e38
+    result = calibrate_layer(layer, targets_of(made, sources, method), stream)
+    reports = [r for of_parts in result.reports.values() for r in of_parts]
+    why = [r["fallback"] for r in reports if "fallback" in r]
+    assert why and all(w.startswith(("not scaled: the loss is", "rounded to near")) for w in why)
+    assert all(p.float().isfinite().all() for p in result.packed["mlp.down"].values())
+
+
+def test_weights_that_are_no_numbers_are_an_error():
+    made, sources = prepared()
+    with torch.no_grad():
+        made.layers[0].mlp.down.weight[3, 4] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"weights of model\.layers\.0\.mlp\.down_proj are inf"
+    ):
+        quantize_layer(made.layers[0], targets_of(made, sources, "int4"))
 
 
 def test_keys_and_values_are_watched(monkeypatch):

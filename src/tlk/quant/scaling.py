@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+
+class NotFinite(ArithmeticError):
+    """The layer's outputs are not finite, even where nothing is scaled."""
+
+
 Candidate = tuple[float | None, Tensor]
 """(what a scale was made with, scale float32 [K]); None: the identity."""
 
@@ -29,14 +34,14 @@ class Choice:
 def best(candidates: Iterable[Candidate], loss: Callable[[Tensor], float]) -> Choice:
     """The candidate of least `loss`; the first, which must be the identity, among equals.
 
-    A candidate whose loss is not finite is never chosen. Raises ValueError if that of the identity is not.
+    A candidate whose loss is not finite is never chosen. Raises NotFinite if that of the identity is not.
     """
     choice: Choice | None = None
     for setting, scale in candidates:
         value = loss(scale)
         if choice is None:
             if value != value or value == float("inf"):
-                raise ValueError(f"loss must be finite where nothing is scaled, got {value}")
+                raise NotFinite(f"the loss is {value} where nothing is scaled")
             choice = Choice(scale, setting, value, value)
         elif value < choice.loss:
             choice = Choice(scale, setting, value, choice.unscaled)

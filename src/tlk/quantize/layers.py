@@ -23,6 +23,7 @@ from tlk.models.decoder import DecoderLayer
 from tlk.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from tlk.quant.format import Packed
 from tlk.quant.observe import Inputs
+from tlk.quant.scaling import Choice, NotFinite
 from tlk.quantize import scales
 from tlk.quantize.half import Attending, Half, halves, reading
 from tlk.quantize.plan import Target
@@ -178,21 +179,29 @@ def _rescale(
         inner = _seen_by_second(half, second, stream)
     if first is not None and first.config.method in SCALED and seen is not None:
         samples = [(x, n) for _, x, n in stream.parts(SEARCHED)]
-        choice = scales.scale_first(half, weights[0], first, seen, samples)
-        scales.divide_norm(half.norm, choice.scale)
-        weights[0] *= choice.scale
-        seen.divide(choice.scale)
-        extra[0] = _told(choice)
+        extra[0], scale = _searched(
+            lambda: scales.scale_first(half, weights[0], first, seen, samples)
+        )
+        if scale is not None:
+            scales.divide_norm(half.norm, scale)
+            weights[0] *= scale
+            seen.divide(scale)
     if inner is not None and second is not None and half.absorbs is not None:
-        choice = scales.scale_second(weights[1], second, inner, dtype)
-        scales.divide_rows(weights[0], half.first, half.absorbs, choice.scale)
-        weights[1] *= choice.scale
-        extra[1] = _told(choice)
+        extra[1], scale = _searched(lambda: scales.scale_second(weights[1], second, inner, dtype))
+        if scale is not None:
+            scales.divide_rows(weights[0], half.first, half.absorbs, scale)
+            weights[1] *= scale
 
 
-def _told(choice: Any) -> dict[str, Any]:
+def _searched(search: Callable[[], Choice]) -> tuple[dict[str, Any], Tensor | None]:
+    """What the report says of a search, and the scale it found; None: nothing is scaled."""
+    try:
+        choice = search()
+    except NotFinite as error:
+        return {"fallback": f"not scaled: {error}"}, None
     gain = choice.loss / choice.unscaled if choice.unscaled else 1.0
-    return {"scaled_by": choice.setting, "loss_to_unscaled": gain}
+    told = {"scaled_by": choice.setting, "loss_to_unscaled": gain}
+    return told, None if choice.setting is None else choice.scale
 
 
 def _seen_by_second(half: Half, target: Target, stream: Stream) -> Inputs:

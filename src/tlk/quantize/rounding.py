@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlk.errors import CheckpointError
 from tlk.quant import awq
 from tlk.quant.format import Format, Packed, fuse
 from tlk.quant.fp4 import MXFP4, NVFP4, e8m0
@@ -41,9 +42,13 @@ def round_linear(
 
     inputs: what was seen of its inputs, None without calibration. clip: search what is clipped, as AWQ
     does. The reports hold `weight_error`, ‖W − Ŵ‖ / ‖W‖, and with inputs `output_error`, the same of
-    their products.
+    their products. Raises CheckpointError for weights that are not finite.
     """
     method, format = target.config.method, target.format
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(
+            f"weights of {', '.join(target.modules)} are infinite or not a number"
+        )
     report: dict[str, Any] = {"method": method}
     packed = None
     if method in GPTQ and inputs is not None and inputs.hessian is not None:
