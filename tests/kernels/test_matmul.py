@@ -9,8 +9,9 @@ from tests.interpreter import interpret, late
 from tests.kernels.check import check
 from tlk.kernels import _linear
 from tlk.kernels._linear import launch
+from tlk.kernels._linear_configs import CUBLAS, decode_config, default_config, tile_config
 from tlk.kernels._op import count_ops
-from tlk.kernels.matmul import CUBLAS, choose, matmul, matmul_add_, matmul_reference
+from tlk.kernels.matmul import choose, matmul, matmul_add_, matmul_reference
 
 # the package shows the function of that name where an import statement would look
 module = importlib.import_module("tlk.kernels.matmul")
@@ -77,7 +78,7 @@ def test_matmul(m, n, k, dtype, device):
 @pytest.mark.parametrize("m, n, k", [(33, 70, 90), (130, 140, 128), (1, 1, 1)])
 def test_tiles(m, n, k, dtype, device):
     x, weight, bias, residual = operands(m, n, k, device, dtype)
-    config = module.tile_config(90 if device == "cpu" else 80, dtype)
+    config = tile_config(90 if device == "cpu" else 80, dtype)
     y = torch.full_like(residual, torch.nan)
     launch(config, x, weight, bias, "gelu", y, residual)
     args = x, weight, bias, "gelu", residual
@@ -183,6 +184,19 @@ def test_default_choice(arch, dtype):
         assert kernel(17, "triton") == "tile"
 
 
+@pytest.mark.parametrize("n", [3072, 4096, 6144, 28672])
+def test_default_choice_of_17_to_64_rows(n):
+    """On sm_90 tensor cores with W as the left operand, where W has rows for every second SM."""
+    for m, least in ((17, 4096), (32, 4096), (33, 6144), (64, 6144), (65, 10**9)):
+        config = default_config(90, 132, BF16, (n, 4096), m)
+        assert config.get("kernel", "cublas") == ("dot" if n >= least else "cublas")
+        if "meta" in config:
+            assert config["meta"]["BLOCK_M"] >= m
+            assert config["meta"]["BLOCK_N"] == (128 if n == 28672 else 64)
+        for arch, dtype in ((80, BF16), (100, BF16), (90, torch.float32)):
+            assert default_config(arch, 132, dtype, (n, 4096), m) is CUBLAS
+
+
 def test_sm_75_needs_no_tensor_cores():
     with interpret(sm=75):
         for m in (3, 8, 11):
@@ -214,7 +228,7 @@ def test_float32_stays_ieee_when_torch_allows_tf32(m, device, allow_tf32):
 
 
 def test_a_table_decides(device, monkeypatch):
-    measured = {16: CUBLAS, 40: {**module.decode_config(90, 8, BF16, 16, 48, 64)}}
+    measured = {16: CUBLAS, 40: {**decode_config(90, 8, BF16, 16, 48, 64)}}
     asked = []
 
     def lookup(op, version, device, dtype, dims, running):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from tests.interpreter import interpret
 from tests.kernels.check import check
+from tlk.kernels._linear_configs import decode_config
 from tlk.kernels._op import count_ops
-from tlk.kernels.matmul import decode_config
 from tlk.kernels.norm_linear import norm_linear, norm_linear_reference
 
 # the package shows the function of that name where an import statement would look

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from tlk.bench import tune_quantized
 from tlk.bench.case import Inputs
-from tlk.bench.tune_call import EPS, Call, Calls, model_weight
-from tlk.bench.tune_keys import Key, Projection
+from tlk.bench.tune_keys import EPS, Call, Calls, Key, Projection, model_weight
+from tlk.kernels._linear_configs import CUBLAS
 from tlk.kernels.gated_linear import gated_linear, gated_linear_reference
-from tlk.kernels.matmul import CUBLAS, matmul, matmul_add_, matmul_reference
+from tlk.kernels.matmul import matmul, matmul_add_, matmul_reference
 from tlk.kernels.norm_linear import UNFUSED, norm_linear, norm_linear_reference
 
 

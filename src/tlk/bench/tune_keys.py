@@ -1,14 +1,20 @@
-"""Which shapes to tune for: the linear layers of a model, each at a few numbers of tokens."""
+"""Which shapes to tune for: the linear layers of a model, each at a few numbers of tokens.
+
+And what the tuner must know of an op to call it there.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from tlk.bench.case import Inputs
 from tlk.bench.shapes import SHAPES
 from tlk.hf.hub import complete_config, read_config
-from tlk.kernels.tuning import bucket
+from tlk.kernels.tuning import Config, bucket
 from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES
 from tlk.models.layers import Linear, RMSNorm
@@ -18,6 +24,9 @@ RUNNING = tuple(2**b for b in range(14))
 
 MOST_LOGITS = 256
 """Rows that an output head is tuned for at most: it sees one of each sequence."""
+
+EPS = 1e-5
+"""Of every norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,38 @@ class Key:
 
     def __str__(self) -> str:
         return f"{self.op} {'×'.join(map(str, self.dims))} {self.entry[0]} M{self.running}"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`run(*inputs(Inputs(...)))` executes the op once, `reference` in float32 on the same inputs.
+
+    `run` may write over its inputs, as a model would. library: the configuration that leaves the
+    work to a library, measured beside the others.
+    """
+
+    inputs: Callable[[Inputs], tuple[Any, ...]]
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    library: Config | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """For which layers a model runs an op, as `dims` or None, and how it calls it there.
+
+    dtype: what its tables are keyed by if it is not the model's own.
+    """
+
+    dims: Callable[[Projection], tuple[int, ...] | None]
+    make: Callable[[Key], Call]
+    dtype: torch.dtype | None = None
+
+
+def model_weight(new: Inputs, n: int, k: int) -> Tensor:
+    """Random as a model's [n, k]: outputs of the size of the inputs."""
+    weight = new.randn(n, k)
+    return weight if new.empty else weight.mul_(k**-0.5)  # gigabytes that nobody will read
 
 
 def projections(model: str) -> list[Projection]:

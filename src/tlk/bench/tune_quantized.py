@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tlk.bench.case import Inputs
-from tlk.bench.tune_call import EPS, Call, Calls, model_weight
-from tlk.bench.tune_keys import Key, Projection
+from tlk.bench.tune_keys import EPS, Call, Calls, Key, Projection, model_weight
 from tlk.kernels.act_quant import quantize_act
 from tlk.kernels.gated_linear import gated_linear_reference
 from tlk.kernels.matmul import matmul_reference

@@ -17,9 +17,8 @@ from triton.runtime.errors import OutOfResources
 
 from tlk.bench.case import Inputs
 from tlk.bench.timing import Spread, copies, time_calls
-from tlk.bench.tune_call import Call
 from tlk.bench.tune_calls import CALLS
-from tlk.bench.tune_keys import Key
+from tlk.bench.tune_keys import Call, Key
 from tlk.bench.tune_prune import distinct
 from tlk.kernels import tuning
 from tlk.kernels.tuning import Config

@@ -4,9 +4,10 @@
 
 Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202
 
-For up to 16 rows one kernel does it all: a program reads the same rows of both halves, so that the
-products meet in its registers, and act(g) · u is rounded once. It saves a launch, and the 2·M·2I
-elements that would be written and read again. For more rows: rms_norm, cuBLAS and act_and_mul.
+For up to 16 rows, on sm_90 up to 64, one kernel does it all: a program reads the same rows of both
+halves, so that the products meet in its registers, and act(g) · u is rounded once. It saves a launch,
+and the 2·M·2I elements that would be written and read again. For more rows: rms_norm, cuBLAS and
+act_and_mul.
 
 Cost: 2·I·K·itemsize bytes for few rows, 4·M·I·K flops for many.
 """
@@ -16,19 +17,19 @@ from torch import Tensor
 
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._linear import NORMED, launch
+from tlk.kernels._linear_configs import decode_candidates
+from tlk.kernels._linear_configs import default_config as matmul_default
 from tlk.kernels._op import op
 from tlk.kernels.activation import gelu_and_mul, silu_and_mul
 from tlk.kernels.matmul import (
     activate_reference,
     check_linear,
     choose,
-    decode_candidates,
     matmul,
     matmul_reference,
     measured,
     name_of,
 )
-from tlk.kernels.matmul import default_config as matmul_default
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.norm_linear import check_norm_weight, chosen_backend, norm_linear
 from tlk.kernels.tuning import Config

@@ -9,17 +9,17 @@ from torch import Tensor
 from tlk.kernels._check import check_device, check_dtype, check_last_dim_contiguous, check_shape
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._linear import NORMED, launch
+from tlk.kernels._linear_configs import decode_candidates
+from tlk.kernels._linear_configs import default_config as matmul_default
 from tlk.kernels._op import op
 from tlk.kernels.matmul import (
     check_linear,
     choose,
-    decode_candidates,
     matmul,
     matmul_reference,
     measured,
     name_of,
 )
-from tlk.kernels.matmul import default_config as matmul_default
 from tlk.kernels.norm import rms_norm
 from tlk.kernels.tuning import Config
 

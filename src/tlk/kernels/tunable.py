@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tlk.kernels._linear_configs import candidates as matmul_candidates
+from tlk.kernels._linear_configs import default_config as matmul_default
 from tlk.kernels.gated_linear import VERSION as GATED_LINEAR
 from tlk.kernels.gated_linear import candidates as gated_linear_candidates
 from tlk.kernels.gated_linear import default_config as gated_linear_default
 from tlk.kernels.matmul import VERSION as MATMUL
-from tlk.kernels.matmul import candidates as matmul_candidates
-from tlk.kernels.matmul import default_config as matmul_default
 from tlk.kernels.norm_linear import VERSION as NORM_LINEAR
 from tlk.kernels.norm_linear import candidates as norm_linear_candidates
 from tlk.kernels.norm_linear import default_config as norm_linear_default

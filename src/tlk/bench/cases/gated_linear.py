@@ -74,7 +74,7 @@ def _biased_case(m: int, activation: str) -> Case:
 
 
 CASES = (
-    *(_case(m, 14336, 4096) for m in (1, 2, 4, 8, 16, 128, 4096)),
+    *(_case(m, 14336, 4096) for m in (1, 2, 4, 8, 16, 32, 64, 128, 4096)),
     *(_case(m, 512, 2048, FLOATS) for m in (1, 4, 16)),
     *(_case(m, 28672, 8192, gate=False) for m in (1, 64)),  # Llama-3.1-70B
     *(_case(m, n, 7168, gate=False) for m in (1, 64) for n in (18432, 2048)),  # DeepSeek-V3

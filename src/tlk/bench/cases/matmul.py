@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
-from tlk.kernels.matmul import matmul, matmul_reference
+from tlk.kernels.matmul import matmul, matmul_add_, matmul_reference
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
 LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
@@ -64,6 +64,31 @@ def _case(
     )
 
 
+def _in_place_case(m: int, n: int, k: int) -> Case:
+    """Before the residual stream of a decoder, which takes the sum."""
+
+    def inputs(new: Inputs) -> tuple[Tensor, ...]:
+        return new.randn(m, n), new.randn(m, k), new.randn(n, k)
+
+    def reference(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return matmul_reference(x, weight, residual=residual)
+
+    def copied(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(residual, x, weight.T)
+
+    return Case(
+        "matmul_add_",
+        f"M{m}-N{n}-K{k}",
+        inputs,
+        matmul_add_,
+        lambda size: (m * k + n * k + 2 * m * n) * size,
+        reference,
+        flops=2 * m * n * k,
+        peers={"torch": copied},
+        dtypes=HALVES,
+    )
+
+
 def _torch(
     activation: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -81,9 +106,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 CASES = (
-    *(_case(m, n, k, dtypes=HALVES) for m in (1, 16, 128, 4096) for n, k in LAYERS),
+    *(_case(m, n, k, dtypes=HALVES) for m in (1, 16, 32, 64, 128, 4096) for n, k in LAYERS),
     *(_case(m, 128256, 4096, dtypes=HALVES) for m in (1, 16)),  # logits
     *(_case(m, 4096, 14336, residual=True, dtypes=HALVES) for m in (1, 16, 4096)),
+    *(_in_place_case(m, n, k) for m in (1, 128, 4096) for n, k in LAYERS if n == 4096),
     *(_case(m, 1024, 4096, dtypes=HALVES) for m in (1, 2, 16)),
     *(_case(m, 6144, 4096, bias=True, dtypes=HALVES) for m in (1, 16)),  # Qwen2's qkv
     *(
@@ -96,7 +122,7 @@ CASES = (
     *(
         _case(m, n, k, dtypes=HALVES, gate=False)
         for layers, rows in (
-            (LAYERS, (64, 256)),
+            (LAYERS, (256,)),
             (LLAMA_70B, (1, 64, 4096)),
             (QWEN3_30B, (1, 64)),
             (DEEPSEEK_V3, (1, 64)),
