@@ -134,6 +134,19 @@ def test_on_a_cpu_it_prints_and_writes(tmp_path, capsys):
     assert records[0]["limits"]["matmul"] == {"bfloat16": 7e14}
 
 
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    file = tmp_path / "lines.jsonl"
+    cases = {"norm": (case("a", "T1"), case("b", "T1", interrupted), case("c", "T1"))}
+    monkeypatch.setattr(kernel_command, "load_cases", lambda: cases)
+    with pytest.raises(KeyboardInterrupt):
+        run(**parse("--device", "cpu", "--repeats", "1", "--peers", "--json", str(file)))
+    assert [json.loads(x)["op"] for x in file.read_text().splitlines()] == ["a"]
+
+
+def interrupted(x):
+    raise KeyboardInterrupt
+
+
 def test_every_dtype(capsys):
     assert (
         run(**parse("norm", "--device", "cpu", "--dtype", "all", "--repeats", "1", "--peers")) == 0
@@ -221,6 +234,9 @@ def test_an_earlier_run_is_shown_again(tmp_path, capsys):
     assert run(**parse("rms_norm", "--filter", "T8", "--from", str(file))) == 0
     assert "T8" in (shown := capsys.readouterr().out) and "T1" not in shown
     assert len(file.read_text().splitlines()) == 4
+    kept = tmp_path / "bench/results/h100.jsonl"
+    assert run(**parse("--from", str(file), "--json", str(kept))) == 1  # measured on no GPU
+    assert not kept.exists()
 
 
 def test_plots_that_cannot_be_drawn_stop_it_before_it_measures(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from tlk.bench.kernel_page import require_plots, write_page
 from tlk.bench.kernel_peers.peer import PEER_ERRORS, reason
 from tlk.bench.kernels import Bench, Row, WrongResultError, dtypes_of, name_of, small
 from tlk.bench.limits import Limits, kernel_limits
-from tlk.bench.record import Refused, append, commit, read, to_csv
+from tlk.bench.record import append, commit, read, to_csv
 from tlk.errors import UnsupportedError
 from tlk.kernels._device import sm
 from tlk.llm.load import pick_device
 
+LINES = "kernels.jsonl"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -100,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--from", type=Path, dest="from_file", metavar="FILE",
-        help="measure nothing: show the rows of a file that --json wrote, and draw them with --out",
+        help="measure nothing: show the rows of a file that --json wrote, and hand them to --json and --out",
     )  # fmt: skip
     parser.add_argument("--commit", help="what is measured, where git does not tell")
 
@@ -120,16 +121,21 @@ def run(listed: bool = False, **options: Any) -> int:
             "the speed of kernels needs a GPU and torch finds none: --list names the cases, "
             "--device cpu times the references of the small ones, `tlk doctor` says what is missing"
         )
-    if chosen.out is not None:
-        require_plots()
+    _prepare(chosen)
     limits = kernel_limits(device)
     about = _about(chosen, device, limits)
     print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n", flush=True)
-    rows, failed = _measured(cases, chosen, device, limits)
-    refused = _write(chosen, rows, about, _notes(rows, about, limits))
-    for one in refused:
-        print(f"tlk: refused {one}", file=sys.stderr)
-    return 1 if failed or refused else 0
+    rows, failed = [], 0
+    for found in _measured(cases, chosen, device, limits):
+        if isinstance(found, Row):
+            rows.append(found)
+            print(kernel_table.line(found), flush=True)
+            failed += _keep(chosen, found, about)
+        else:
+            failed += 1
+            print(f"tlk: {found}", file=sys.stderr, flush=True)
+    _draw(chosen, rows, about, _notes(rows, about, limits))
+    return 1 if failed else 0
 
 
 def _notes(rows: list[Row], about: dict[str, Any], limits: Limits) -> list[str]:
@@ -152,8 +158,10 @@ def _show(chosen: KernelOptions, file: Path, ops: set[str]) -> int:
     print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n")
     for row in rows:
         print(kernel_table.line(row))
-    _write(replace(chosen, json_file=None), rows, about, _notes(rows, about, limits))
-    return 0
+    _prepare(chosen)
+    refused = sum(_keep(chosen, row, about) for row in rows)
+    _draw(chosen, rows, about, _notes(rows, about, limits))
+    return 1 if refused else 0
 
 
 def select(chosen: KernelOptions) -> list[Case]:
@@ -194,26 +202,22 @@ def _about(chosen: KernelOptions, device: torch.device, limits: Limits) -> dict[
 
 def _measured(
     cases: Sequence[Case], chosen: KernelOptions, device: torch.device, limits: Limits
-) -> tuple[list[Row], int]:
-    """The rows, printed as they come, and how many kernels failed, which is printed too."""
+) -> Iterator[Row | str]:
+    """A row of each case as it is measured, or why there is none; at last what was left out."""
     bench = Bench(device, limits, chosen.repeats, chosen.wants)
-    rows, failed, skipped = [], 0, Counter[str]()
+    skipped = Counter[str]()
     for case, dtype in _work(cases, chosen):
         if why := _beyond(case, dtype, device):
             skipped[why] += 1
             continue
         try:
-            rows.append(bench.row(case, dtype))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield bench.row(case, dtype)
         except (WrongResultError, *PEER_ERRORS) as error:
-            failed += 1
-            print(f"tlk: {case} {name_of(dtype)}: {reason(error)}", file=sys.stderr, flush=True)
-        else:
-            print(kernel_table.line(rows[-1]), flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            yield f"{case} {name_of(dtype)}: {reason(error)}"
     for why, count in skipped.items():
         print(f"{count} case{'s' * (count > 1)} left out: {why}")
-    return rows, failed
 
 
 def _beyond(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -230,16 +234,25 @@ def _work(cases: Sequence[Case], chosen: KernelOptions) -> Iterator[tuple[Case, 
             yield case, dtype
 
 
-def _write(
-    chosen: KernelOptions, rows: list[Row], about: dict[str, Any], notes: list[str]
-) -> list[Refused]:
-    """Everything that is asked for; the rows that a file of committed results does not take."""
-    refused = [] if chosen.json_file is None else append(chosen.json_file, rows, about, GOALS)
+def _prepare(chosen: KernelOptions) -> None:
+    """Before anything is measured: what is missing to write it, and an empty file for its lines."""
     if chosen.out is not None:
+        require_plots()
         chosen.out.mkdir(parents=True, exist_ok=True)
-        lines = chosen.out / "kernels.jsonl"
-        lines.unlink(missing_ok=True)
-        append(lines, rows, about, GOALS)
+        (chosen.out / LINES).write_text("")
+
+
+def _keep(chosen: KernelOptions, row: Row, about: dict[str, Any]) -> int:
+    """Append the row to its files now: a run that ends early keeps what it has. How many refuse it."""
+    files = [] if chosen.json_file is None else [chosen.json_file]
+    files += [] if chosen.out is None else [chosen.out / LINES]
+    refused = [one for file in files for one in append(file, [row], about, GOALS)]
+    for one in refused:
+        print(f"tlk: refused {one}", file=sys.stderr, flush=True)
+    return len(refused)
+
+
+def _draw(chosen: KernelOptions, rows: list[Row], about: dict[str, Any], notes: list[str]) -> None:
+    if chosen.out is not None:
         (chosen.out / "kernels.csv").write_text(to_csv(rows, __version__), encoding="utf-8")
         write_page(chosen.out, rows, about, notes)
-    return refused

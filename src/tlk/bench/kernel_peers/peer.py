@@ -45,7 +45,7 @@ class Peer:
     package: str | None = None
     module: str | None = None
     compared: bool = True
-    tolerance: float = 0.01
+    tolerance: float = 0.02
 
     def require(self) -> None:
         """Raise UnsupportedError if its package is not installed."""
