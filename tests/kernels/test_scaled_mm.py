@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from tests.interpreter import interpret, late
 from tests.kernels.check import check
@@ -12,6 +13,7 @@ from tlk.kernels import _scaled
 from tlk.kernels._op import count_ops
 from tlk.kernels._scaled import launch
 from tlk.kernels.act_quant import quantize_act
+from tlk.kernels.aot import dry_run, isolated, measure
 from tlk.kernels.matmul import activate_reference
 from tlk.kernels.scaled_mm import (
     CUBLAS,
@@ -227,14 +229,12 @@ def test_output_dtypes(m, kind, out_dtype, device):
 
 @pytest.mark.parametrize("m", [1, 8, 70])
 def test_integer_sums_are_exact(m, device):
-    """Sums far beyond 2²⁴, where float32 would drop digits, and beyond the largest float16."""
-    x = torch.full((m, 4096), 127, device=device, dtype=INT8)
-    weight = torch.full((16, 4096), 127, device=device, dtype=INT8)
-    weight[:, 0] = torch.arange(16, device=device)
+    """Sums far beyond 2²⁴, where float32 would drop digits on the way, and beyond float16."""
+    x = torch.randint(64, 128, (m, 4096), device=device, dtype=INT8)
+    weight = torch.randint(64, 128, (16, 4096), device=device, dtype=INT8)
     one = torch.ones(m, 1, device=device), torch.ones(16, 1, device=device)
     actual = scaled_mm(x, one[0], weight, one[1], out_dtype=torch.float32)
-    expected = (127 * (127 * 4095 + torch.arange(16, device=device))).float().expand(m, 16)
-    torch.testing.assert_close(actual, expected, rtol=2**-24, atol=0)
+    assert torch.equal(actual, (x.double() @ weight.double().T).float())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "block"])
@@ -374,6 +374,10 @@ def test_default_choice(arch):
     assert chosen(1, "int8", arch) == chosen(16, "int8", arch) == few
     assert chosen(17, "int8", arch, "cublas") == "cublas"
     assert chosen(17, "int8", arch) == ("cublas" if arch < 80 else "dot")
+    if arch >= 89:
+        block = default_config(arch, 132, FP8, (4096, 4096), 512, blockwise=True)
+        assert block["kernel"] == many
+        assert default_config(arch, 132, FP8, (4096, 4096), 513, blockwise=True) == CUBLAS
     assert chosen(65, "int8", arch, "triton") == many
     assert chosen(65, "int8", arch) == ("tma" if arch in (90, 100) else "cublas")
     assert chosen(65, "int8", arch, k=72) == ("tile" if arch in (90, 100) else "cublas")
@@ -397,6 +401,100 @@ def test_gluon_takes_few_rows_on_sm_90(m, dtype, monkeypatch):
     module.triton_config.cache_clear()
 
 
+def has_ring():
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability() == (9, 0)
+        and _scaled.ring_missing() is None
+    )
+
+
+@pytest.mark.skipif(not has_ring(), reason="needs sm_90 and a Triton that is known to run it")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m, block_m", [(1, 8), (5, 16), (64, 64), (70, 32)])
+@pytest.mark.parametrize("n, k", [(300, 272), (66, 64), (64, 4096), (1, 16)])
+def test_ring(n, k, m, block_m, kind):
+    """More stages than steps, fewer, tiles that nothing fills; twice, as steps follow each other."""
+    for block_k, stages in ((128, 3), (128, 9), (256, 2))[: 2 if kind == "block" else 3]:
+        args = operands(m, n, k, kind, "cuda")
+        bias, residual = epilogue(m, n, "cuda")
+        for rest in ((), (bias, "silu", residual)):
+            for _ in range(2):
+                y = torch.full((m, n), torch.nan, device="cuda", dtype=BF16)
+                meta = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": stages}
+                config = {"backend": "triton", "kernel": "ring", "meta": meta}
+                b, act, r = rest or (None, None, None)
+                launch(config, *args, b, act, y, r, kind == "block")
+                check(y, plain(args, *rest), exact(args, *rest))
+
+
+needs_gluon = pytest.mark.skipif(
+    not triton.__version__.startswith(("3.6.", "3.7.")),
+    reason="needs triton 3.6 or 3.7, whose Gluon the kernel is written in",
+)
+
+
+@needs_gluon
+@pytest.mark.parametrize("kind, m", [("fp8", 1), ("int8", 16), ("block", 64)])
+def test_code_of_ring(kind, m, monkeypatch):
+    """Compiled for sm_90: wgmma, W asked for before the wait, no spills, and it fits an SM."""
+    monkeypatch.setattr(module, "ring_missing", lambda: None)
+    module.triton_config.cache_clear()
+
+    def compile_it():
+        args = operands(m, 4096, 4096, kind, "cpu")
+        with dry_run(90) as launches:
+            scaled_mm(*args)
+        (launch,) = launches
+        return launch.kernel, launch.grid, launch.compiled.asm["ptx"], measure(launch.compiled)
+
+    kernel, grid, ptx, metrics = isolated(compile_it)
+    module.triton_config.cache_clear()
+    assert kernel == "_few_rows_sm90_kernel" and grid == (64, 1, 1)
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    stages = module._ring_meta(m, kind == "block")["STAGES"]
+    assert before.count("cp.async.bulk.tensor") == stages and "ld.global" not in before
+    assert "wgmma.mma_async" in ptx and metrics.dependent
+    assert metrics.spill_bytes == 0 and metrics.shared <= 227 * 1024
+
+
+def test_ring_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(_scaled.hopper, "TRITON", (triton.__version__,))
+    assert _scaled.ring_missing() is None
+    monkeypatch.setattr(_scaled.hopper, "TRITON", ("0.",))
+    assert "untested with Gluon" in _scaled.ring_missing()
+    with interpret():
+        assert _scaled.ring_missing() == "Triton's interpreter has no Gluon"
+    monkeypatch.setattr(_scaled, "hopper", None)
+    monkeypatch.setattr(_scaled, "_import_error", "moved", raising=False)
+    assert "another Gluon: moved" in _scaled.ring_missing()
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and module._is_new(torch.device("cuda"))),
+    reason="needs sm_90 and CUDA 12.9",
+)
+@pytest.mark.parametrize("m, n, k", [(16, 128, 512), (100, 640, 1024), (516, 256, 4096)])
+def test_cublas_multiplies_blocks(m, n, k):
+    args = operands(m, n, k, "block", "cuda")
+    bias, residual = epilogue(m, n, "cuda")
+    check_call(args, backend="cublas")
+    check_call(args, bias, "silu", residual, backend="cublas")
+
+
+def test_tiles_of_many_rows():
+    """The largest of which there are more than SMs, as measured on an H100 of 132."""
+    tile = {
+        (m, n): tuple(module._tma_meta(132, m, n, False)[key] for key in ("BLOCK_M", "BLOCK_N"))
+        for m in (128, 256, 512, 4096)
+        for n in (4096, 6144, 28672)
+    }
+    assert tile[128, 4096] == tile[128, 6144] == tile[256, 4096] == (64, 64)
+    assert tile[256, 6144] == tile[512, 4096] == (64, 128)
+    assert {tile[128, 28672], tile[512, 6144], tile[4096, 4096]} == {(128, 128)}
+    assert module._tma_meta(132, 4096, 4096, True)["BLOCK_M"] == 64
+
+
 def test_sm_75_needs_no_tensor_cores():
     with interpret(sm=75):
         for m in (1, 3, 11):
@@ -416,6 +514,7 @@ def test_float8_needs_a_gpu_that_has_it(arch, backend):
         scaled_mm(*args, backend=backend)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it depends on its age: needs a CPU")
 @pytest.mark.parametrize(
     "m, n, k, kind, out_dtype, message",
     [
@@ -423,7 +522,7 @@ def test_float8_needs_a_gpu_that_has_it(arch, backend):
         (20, 32, 60, "int8", BF16, r"divisible by 8, got \(20, 32, 60\)"),
         (20, 40, 64, "fp8", BF16, r"divisible by 16, got \(40, 64\)"),
         (20, 32, 64, "fp8", torch.float16, "writes bfloat16, not torch.float16"),
-        (20, 32, 64, "block", BF16, "scales of blocks"),
+        (20, 128, 512, "block", BF16, "scales of blocks on sm_90 with CUDA 12.9"),
     ],
 )
 def test_what_cublas_lacks(m, n, k, kind, out_dtype, message, device):
