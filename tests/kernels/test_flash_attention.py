@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from tests.interpreter import interpret
 from tests.kernels.check import check
+from tests.kernels.launches import record_launches
+from tlk.errors import UnsupportedError
 from tlk.kernels import _torch_attention
 from tlk.kernels._op import count_ops
 from tlk.kernels.flash_attention import default_config, flash_attention
@@ -157,7 +159,18 @@ def test_head_dims(d, dv, device):
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (3, 3)])
 def test_query_heads_share_key_heads(heads, kv_heads, device, small_blocks):
-    compare(*qkv(device, sq=33, sk=33, heads=heads, kv_heads=kv_heads, batch=2))
+    compare(*qkv(device, sq=65, sk=33, heads=heads, kv_heads=kv_heads, batch=2))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_heads_of_short_queries_share_blocks(options, device, small_blocks, monkeypatch):
+    """Three heads of twelve queries, 36 rows in blocks of 32."""
+    grids = record_launches(monkeypatch, module, "_flash_attention_kernel")
+    options = on(device, options)
+    if "sinks" in options:
+        options["sinks"] = torch.cat([options["sinks"], torch.tensor([0.3, -2.0], device=device)])
+    compare(*qkv(device, sq=12, sk=70, heads=6, kv_heads=2, batch=2), **options)
+    assert grids == [(2 * 2 * 2,)]
 
 
 @pytest.mark.parametrize("sq, sk", [(1, 1), (1, 77), (16, 16), (32, 64), (17, 200)])
@@ -214,6 +227,83 @@ def test_no_queries_or_no_keys(device):
     assert flash_attention(q[:0], k[:0], v[:0]).shape == (0, 70, 4, 24)
     nothing = flash_attention(q, k[:, :0], v[:, :0], sinks=torch.ones(4, device=device))
     assert nothing.shape == (2, 70, 4, 24) and (nothing == 0).all()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def in_8_bits(*tensors, per_head):
+    """Codes and their scales; each is far from 1 and from the next."""
+    codes, scales, real = [], [], []
+    for i, x in enumerate(tensors):
+        heads = x.shape[-2] if per_head else 1
+        scale = torch.arange(1, heads + 1, device=x.device) * (0.1 + i) / 3
+        codes.append((x / scale[:, None]).clamp(-448, 448).to(FP8))
+        scales.append(scale)
+        real.append(codes[-1].float() * scale[:, None])
+    return codes, dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True)), real
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 30, "softcap": 2.0}])
+def test_8_bits(per_head, options, device, small_blocks):
+    codes, scales, real = in_8_bits(*qkv(device, sq=40, sk=50, batch=2), per_head=per_head)
+    out = flash_attention(*codes, **scales, **options, out_dtype=torch.float16)
+    check(out, plain(*(x.half() for x in real), **options), exact(*real, **options))
+    like = module.flash_attention_reference(
+        *codes, 32**-0.5, options.get("causal", False), options.get("window", 0),
+        options.get("softcap", 0.0), None, None, None, 40, 50, **scales,
+        out_dtype=torch.float32,
+    )  # fmt: skip
+    torch.testing.assert_close(like, plain(*real, **options), rtol=1e-4, atol=1e-5)
+
+
+def test_8_bits_without_scales_stand_for_themselves(device, small_blocks):
+    q, k, v = (x.to(FP8) for x in qkv(device, sq=40, sk=50))
+    out = flash_attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    real = [x.float() for x in (q, k, v)]
+    check(out, plain(*(x.bfloat16() for x in real)), exact(*real))
+    two = torch.full((1,), 2.0, device=device)
+    twice = flash_attention(q, k, v, v_scale=two)
+    torch.testing.assert_close(twice.float(), 2 * out.float(), rtol=0, atol=0)
+
+
+def test_8_bits_of_different_lengths(device, small_blocks):
+    codes, scales, real = in_8_bits(*(x[0] for x in qkv(device, sq=60, sk=50)), per_head=True)
+    cu_q, cu_k = cumulative([25, 35], device), cumulative([40, 10], device)
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_q": 35, "max_k": 40}
+    out = flash_attention(*codes, **scales, **lengths, causal=True)
+    last = [x[None, n:] for x, n in zip(real, (25, 40, 40), strict=True)]
+    check(
+        out[None, 25:],
+        plain(*(x.bfloat16() for x in last), causal=True),
+        exact(*last, causal=True),
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="another SM is pretended on CPU tensors only")
+@pytest.mark.parametrize("sm", [75, 86])
+def test_8_bits_need_sm_89(sm):
+    q, k, v = (x.to(FP8) for x in qkv("cpu"))
+    with (
+        interpret(sm=sm),
+        pytest.raises(UnsupportedError, match=f"sm_89 or newer, this is sm_{sm}"),
+    ):
+        flash_attention(q, k, v)
+
+
+def test_wrong_scales_are_refused():
+    q, k, v = (x.to(FP8) for x in qkv("cpu"))
+    for message, wrong in {
+        r"q_scale must have shape \(4\)": {"q_scale": torch.ones(2)},
+        r"k_scale must have shape \(2\)": {"k_scale": torch.ones(4)},
+        "v_scale must be float32": {"v_scale": torch.ones(1).double()},
+        "out_dtype must be one of": {"out_dtype": torch.int8},
+        "k must be float8_e4m3fn": {"k": k.float()},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            flash_attention(**({"q": q, "k": k, "v": v} | wrong))
 
 
 LENGTHS_Q = [0, 5, 0, 33, 1, 64, 12]
@@ -297,7 +387,9 @@ def test_default_blocks_grow_with_the_queries():
 
 
 WRONG = {
-    "q must be float32 or float16 or bfloat16, got int64": {"q": torch.zeros(2, 3, 4, 16).long()},
+    "q must be float32 or float16 or bfloat16 or float8_e4m3fn, got int64": {
+        "q": torch.zeros(2, 3, 4, 16).long()
+    },
     "k must be float32, got float16": {"k": torch.zeros(2, 5, 2, 16).half()},
     "q must have shape": {"q": torch.zeros(2, 3, 16)},
     r"k must have shape \(2, any, any, 16\), got \(2, 5, 2, 8\)": {"k": torch.zeros(2, 5, 2, 8)},
@@ -311,6 +403,8 @@ WRONG = {
     "window must be >= 0, got -3": {"window": -3},
     "softcap must be >= 0, got -0.5": {"softcap": -0.5},
     "must be given together": {"max_q": 3},
+    "q_scale, k_scale and v_scale are for 8-bit": {"k_scale": torch.ones(1)},
+    "out_dtype must be that of q": {"out_dtype": torch.float16},
 }
 
 
@@ -340,6 +434,11 @@ def test_registration(device):
     sinks = torch.randn(2, device=device)
     arguments = (q, k, v, 0.2, True, 5, 2.0, sinks, None, None, 9, 12)
     torch.library.opcheck(torch.ops.tlk.flash_attention.default, arguments)
+    codes, scales, _ = in_8_bits(q, k, v, per_head=True)
+    arguments = (*codes, *arguments[3:7], None, *arguments[8:], *scales.values(), torch.float16)
+    torch.library.opcheck(
+        torch.ops.tlk.flash_attention.default, arguments, test_utils="test_faketensor"
+    )
     cu_q, cu_k = cumulative([4, 5], device), cumulative([6, 6], device)
     lengths = (cu_q, cu_k, 5, 6)
     arguments = (q[0], k[0], v[0], 0.2, False, 0, 0.0, None, *lengths)

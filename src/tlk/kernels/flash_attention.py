@@ -7,8 +7,10 @@ Xiao et al., "Efficient Streaming Language Models with Attention Sinks", https:/
 
 One program per block of queries and head walks over the keys that the block sees with an online
 softmax in base 2. Blocks of keys that every query sees run in a loop without a mask; only those cut
-by the diagonal, the window or the end of the keys pay for one. 2·(D + Dv) flops per visible pair of
-query and key and head; q, k, v and o move through device memory about once.
+by the diagonal, the window or the end of the keys pay for one. Short queries of the heads that share
+keys form one block. 8-bit q, k and v become float16 in registers. 2·(D + Dv) flops per visible pair of
+query and key and head; q, k, v and o move through device memory about once. On sm_90 most dense
+attention runs in `flash_attention_sm90` instead.
 """
 
 from functools import partial
@@ -19,20 +21,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from tlk.kernels._check import (
-    FLOATS,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    check_shape,
-)
+from tlk.errors import UnsupportedError
 from tlk.kernels._device import sm
+from tlk.kernels._flash_checks import (
+    FP8,
+    check_lengths,
+    check_options,
+    check_scales,
+    check_tensors,
+)
 from tlk.kernels._ints import cdiv
 from tlk.kernels._op import op
 from tlk.kernels._torch_attention import attend, by_sequence, sdpa
 
-MAX_HEAD_DIM = 256
+try:
+    from tlk.kernels import flash_attention_sm90 as hopper
+except ImportError as error:  # Gluon moves between versions of Triton
+    hopper, _import_error = None, str(error)  # type: ignore[assignment]
+
 L2_BYTES = 32 << 20  # keys and values that blocks running side by side may read
+PACKED_QUERIES = 64  # up to so many queries, heads that share keys share blocks
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -49,6 +57,10 @@ def flash_attention_reference(
     cu_seqlens_k: Tensor | None,
     max_q: int,
     max_k: int,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attention of `q` [B, Sq, H, D] or [T, H, D] in float32, rounded once; see `flash_attention`."""
     run = partial(
@@ -59,7 +71,13 @@ def flash_attention_reference(
         softcap=softcap,
         sinks=sinks,
     )
-    return by_sequence(run, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    dtype = out_dtype or q.dtype
+    if q.dtype == FP8:
+        q, k, v = (
+            x.float() if scale is None else x.float() * scale[:, None]
+            for x, scale in ((q, q_scale), (k, k_scale), (v, v_scale))
+        )
+    return by_sequence(run, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k).to(dtype)
 
 
 @triton.jit
@@ -101,7 +119,7 @@ def _attend_tiles(
         if MASKED:
             k_mask = k_mask & (start + n < len_k)[:, None]
             v_mask = v_mask & (start + n < len_k)[:, None]
-        k = tl.load(k_ptr + k_tile, mask=k_mask, other=0.0)
+        k = tl.load(k_ptr + k_tile, mask=k_mask, other=0.0).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         unit = scale
         if SOFTCAP:
@@ -123,7 +141,7 @@ def _attend_tiles(
         p = tl.math.exp2(s * unit - new_top[:, None])
         decay = tl.math.exp2(top - new_top)
         total = total * decay + tl.sum(p, 1)
-        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
         k_ptr += BLOCK_N * k_row
@@ -139,12 +157,13 @@ def _key_ranges(
     window,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Cut the keys of queries [row, row + BLOCK_M) in three: all keys between the inner two are seen by all."""
-    first_position = row + len_k - len_q
-    last_position = tl.minimum(row + BLOCK_M, len_q) - 1 + len_k - len_q
+    """Cut the keys of rows [row, row + BLOCK_M) in three: all keys between the inner two are seen by all."""
+    first_position = row // PACK + len_k - len_q
+    last_position = tl.minimum((row + BLOCK_M - 1) // PACK, len_q - 1) + len_k - len_q
     begin = 0
     full_begin = 0
     end = len_k
@@ -163,47 +182,25 @@ def _key_ranges(
     return begin, full_begin, full_end, end
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "heads", "group", "pairs", "wave", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "len_q", "len_k", "heads", "group", "pairs", "wave", "window", "q_step", "k_step", "v_step",
+    ]
+)  # fmt: skip
 def _flash_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    sinks_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    q_batch,
-    q_row,
-    q_head,
-    k_batch,
-    k_row,
-    k_head,
-    v_batch,
-    v_row,
-    v_head,
-    len_q,
-    len_k,
-    heads,
-    group,
-    pairs,
-    wave,
-    window,
-    scale,
-    cap,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    VARLEN: tl.constexpr,
-    UNIT: tl.constexpr,
-    DQK: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Queries × (batch, head) pair; strides count UNIT elements, VARLEN lengths are the longest."""
+    q_ptr, k_ptr, v_ptr, o_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, q_scale_ptr, k_scale_ptr,
+    v_scale_ptr, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, len_q,
+    len_k, heads, group, pairs, wave, window, scale, cap, q_step, k_step, v_step,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    VARLEN: tl.constexpr, SCALED: tl.constexpr, UNIT: tl.constexpr, PACK: tl.constexpr,
+    DQK: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(Query, one of PACK heads) rows × (batch, PACK heads) pair.
+
+    Strides count UNIT elements, `heads` and `group` are in units of PACK, VARLEN lengths are the longest.
+    """
     # The last, under a causal mask longest, blocks of `wave` pairs start first; then the next pairs.
-    blocks = tl.cdiv(len_q, BLOCK_M)
+    blocks = tl.cdiv(len_q * PACK, BLOCK_M)
     before = tl.program_id(0) // (wave * blocks) * wave
     rank = tl.program_id(0) - before * blocks
     beside = tl.minimum(wave, pairs - before)
@@ -220,30 +217,39 @@ def _flash_attention_kernel(
         o_start = q_start
         len_q = (tl.load(cu_q_ptr + b + 1) - q_start).to(tl.int32)
         len_k = (tl.load(cu_k_ptr + b + 1) - k_start).to(tl.int32)
-        if row >= len_q:
+        if row >= len_q * PACK:
             return
     rows = row + tl.arange(0, BLOCK_M)
+    queries = rows // PACK
+    head = h * PACK + rows % PACK
     dqk = tl.arange(0, triton.next_power_of_2(DQK))
     dv = tl.arange(0, triton.next_power_of_2(DV))
-    q_ptr += (b * q_batch + h * q_head + q_start * q_row) * UNIT
+    q_ptr += (b * q_batch + h * PACK * q_head + q_start * q_row) * UNIT
     k_ptr += (b * k_batch + (h // group) * k_head + k_start * k_row) * UNIT
     v_ptr += (b * v_batch + (h // group) * v_head + k_start * v_row) * UNIT
-    q_mask = (rows < len_q)[:, None] & (dqk < DQK)[None, :]
-    q_tile = rows.to(tl.int64)[:, None] * (q_row * UNIT) + dqk[None, :]
+    q_mask = (queries < len_q)[:, None] & (dqk < DQK)[None, :]
+    q_tile = queries.to(tl.int64)[:, None] * (q_row * UNIT) + dqk[None, :]
+    if PACK > 1:
+        q_tile += (rows % PACK)[:, None] * (q_head * UNIT)
     q = tl.load(q_ptr + q_tile, mask=q_mask, other=0.0)
+    if q.dtype.primitive_bitwidth == 8:
+        q = q.to(tl.float16)  # holds every 8-bit value
+    if SCALED:
+        kv = h // group
+        scale *= tl.load(q_scale_ptr + h * q_step) * tl.load(k_scale_ptr + kv * k_step)
 
     # Finite before the first key, so that exp2(-inf - top) is 0 and never NaN.
     top = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, triton.next_power_of_2(DV)), tl.float32)
     if SINKS:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         top = tl.maximum(top, sink)
         total = tl.math.exp2(sink - top)
     begin, full_begin, full_end, end = _key_ranges(
-        row, len_q, len_k, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+        row, len_q, len_k, window, CAUSAL, WINDOW, PACK, BLOCK_M, BLOCK_N
     )
-    positions = rows + len_k - len_q
+    positions = queries + len_k - len_q
     if WINDOW:
         acc, total, top = _attend_tiles(
             acc, total, top, q, k_ptr, v_ptr, k_row * UNIT, v_row * UNIT, begin, full_begin, positions,
@@ -258,14 +264,19 @@ def _flash_attention_kernel(
         len_k, window, scale, cap, True, CAUSAL, WINDOW, SOFTCAP, DQK, DV, BLOCK_N,
     )  # fmt: skip
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    o_tile = ((o_start + rows)[:, None] * heads + h) * DV + dv[None, :]
-    o_mask = (rows < len_q)[:, None] & (dv < DV)[None, :]
+    if SCALED:
+        acc *= tl.load(v_scale_ptr + h // group * v_step)
+    o_tile = ((o_start + queries) * (heads * PACK) + head)[:, None] * DV + dv[None, :]
+    o_mask = (queries < len_q)[:, None] & (dv < DV)[None, :]
     tl.store(o_ptr + o_tile, acc.to(o_ptr.dtype.element_ty), mask=o_mask)
 
 
-def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> dict[str, int]:
-    """Blocks that fit the registers and the shared memory of `sm`, for at most `rows` queries.
+def default_config(
+    sm: int, itemsize: int, d_qk: int, d_v: int, rows: int, pack: int = 1
+) -> dict[str, int]:
+    """Blocks that fit the registers and the shared memory of `sm`, for at most `rows` rows.
 
+    With `pack` heads to a block, a row is a query of one of them.
     Found by compiling: larger ones spill, or exceed the 99 KiB of sm_86, sm_89 and sm_120.
     """
     head_dim, roomy = max(d_qk, d_v), sm in (80, 87, 90, 100, 103)  # roomy: at least 163 KiB
@@ -283,6 +294,8 @@ def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> di
         m, n, stages = (64, 64, 2) if roomy and min(d_qk, d_v) == 256 else (64, 32, 2)
     few = rows <= 16
     warps = 16 if itemsize == 4 and head_dim > 128 else 8
+    if pack > 1 and m == 128:
+        m, n, warps = 64, min(n, 64 if roomy else 32), 8 if few else 4
     return {
         "BLOCK_M": 16 if few else m,
         "BLOCK_N": min(n, 64) if few else n,
@@ -291,13 +304,41 @@ def default_config(sm: int, itemsize: int, d_qk: int, d_v: int, rows: int) -> di
     }
 
 
-def _fake(q, k, v, *_):
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+def _fake(q, k, v, *rest):
+    return q.new_empty(*q.shape[:-1], v.shape[-1], dtype=rest[12] if len(rest) > 12 else None)
 
 
-def _backend(q, k, v, softmax_scale, causal, window, softcap, sinks, *_):
-    if sm(q.device) >= 80:
-        return "triton"
+def portable_reason(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None, max_q: int,
+) -> str | None:  # fmt: skip
+    """Why such a call runs the portable kernel and not that for sm_90, or None where it does not."""
+    if sm(q.device) != 90:
+        return f"the other kernel is for sm_90, this is sm_{sm(q.device)}"
+    if (reason := gluon_missing()) is not None:
+        return reason
+    if window or softcap or sinks is not None:
+        return "windows, soft caps and sinks are left to the portable kernel"
+    if max_q <= PACKED_QUERIES:
+        return f"at most {PACKED_QUERIES} queries"
+    return hopper.refused(q, k, v, varlen=cu_seqlens_q is not None)
+
+
+def gluon_missing() -> str | None:
+    """Why the kernel for sm_90 cannot run with this Triton, or None; then the portable one runs."""
+    if hopper is None:
+        return f"triton {triton.__version__} has another Gluon: {_import_error}"
+    return hopper.missing()
+
+
+def _backend(
+    q, k, v, softmax_scale, causal, window, softcap, sinks, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_q=0, *_,
+):  # fmt: skip
+    arch = sm(q.device)
+    if arch >= 80:
+        reason = portable_reason(q, k, v, window, softcap, sinks, cu_seqlens_q, max_q)
+        return "gluon" if reason is None else "triton"
     return "sdpa" if softcap == 0 and sinks is None else "torch"
 
 
@@ -315,10 +356,19 @@ def _flash_attention(
     cu_seqlens_k: Tensor | None,
     max_q: int,
     max_k: int,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     options = (softmax_scale, causal, window, softcap, sinks)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    runner = _backend(q, k, v, *options)
+    scales = (q_scale, k_scale, v_scale)
+    if q.dtype == FP8 and sm(q.device) < 89:
+        raise UnsupportedError(
+            f"q, k and v of 8 bits need sm_89 or newer, this is sm_{sm(q.device)}: give 16-bit ones"
+        )
+    runner = _backend(q, k, v, *options, *lengths)
     if runner == "torch":
         return flash_attention_reference(q, k, v, *options, *lengths)
     if runner == "sdpa":
@@ -326,9 +376,12 @@ def _flash_attention(
         return by_sequence(run, q, k, v, *lengths)
     # Rows of no sequence are written by no program.
     make = q.new_empty if cu_seqlens_q is None else q.new_zeros
-    out = make(*q.shape[:-1], v.shape[-1])
+    out = make(*q.shape[:-1], v.shape[-1], dtype=out_dtype)
     if out.numel() and max_q:
-        _launch(q, k, v, out, *options, *lengths)
+        if runner == "gluon":
+            hopper.launch(out, q, k, v, softmax_scale, causal, *lengths, *scales)
+        else:
+            _launch(q, k, v, out, *options, *lengths, *scales)
     return out
 
 
@@ -346,20 +399,23 @@ def _launch(
     cu_seqlens_k: Tensor | None,
     max_q: int,
     max_k: int,
+    *scales: Tensor | None,
 ) -> None:
     heads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
     dqk, dv = q.shape[-1], v.shape[-1]
     dense = cu_seqlens_q is None
+    pack = group if max_q <= PACKED_QUERIES and q.element_size() > 1 else 1
+    heads, group = heads // pack, group // pack
     pairs = heads * (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
     wave = group * max(1, L2_BYTES // max(1, max_k * (dqk + dv) * q.element_size()))
-    config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q)
-    tensors = (q, k, v, out, sinks, cu_seqlens_q, cu_seqlens_k)
+    config = default_config(sm(q.device), q.element_size(), dqk, dv, max_q * pack, pack)
+    tensors = (q, k, v, out, sinks, cu_seqlens_q, cu_seqlens_k, *scales)
     strides = [n for x in (q, k, v) for n in (x.stride()[:3] if dense else (0, *x.stride()[:2]))]
     # Triton knows strides by multiples of 16; D = 72 keeps its 16-byte loads in units of 8.
     unit = 8 if all(n % 8 == 0 for n in strides) else 1
     counts = (heads, group, pairs, min(wave, pairs), min(window, max_q + max_k))
     scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value
-    _flash_attention_kernel[(cdiv(max_q, config["BLOCK_M"]) * pairs,)](
+    _flash_attention_kernel[(cdiv(max_q * pack, config["BLOCK_M"]) * pairs,)](
         *tensors,
         *(n // unit for n in strides),
         max_q,
@@ -367,12 +423,15 @@ def _launch(
         *counts,
         scale,
         softcap * LOG2_E.value,
+        *(0 if s is None or s.shape[0] == 1 else 1 for s in scales),
         CAUSAL=causal,
         WINDOW=window > 0,
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
         VARLEN=not dense,
+        SCALED=scales[0] is not None,
         UNIT=unit,
+        PACK=pack,
         DQK=dqk,
         DV=dv,
         **config,
@@ -393,6 +452,10 @@ def flash_attention(
     cu_seqlens_k: Tensor | None = None,
     max_q: int | None = None,
     max_k: int | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attend from `q` [B, Sq, H, D] to `k` [B, Sk, Hk, D] and `v` [B, Sk, Hk, Dv]: [B, Sq, H, Dv].
 
@@ -407,65 +470,20 @@ def flash_attention(
     [H] adds one logit per head to the softmax, without a value. A query that sees no key gives 0.
     `softmax_scale` is 1 / √D unless given.
 
-    Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit.
+    In 8 bits, `q`, `k` and `v` are float8_e4m3fn alike and stand for themselves times float32
+    `q_scale` [H], `k_scale` [Hk] and `v_scale` [Hk] (or [1] for all heads; 1 unless given). The
+    output is `out_dtype`, bfloat16 unless given, as it is q's dtype otherwise.
+
+    Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit,
+    UnsupportedError for 8 bits on a GPU below sm_89.
     """
-    _check_tensors(q, k, v, sinks, varlen=cu_seqlens_q is not None)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    check_tensors(q, k, v, sinks, varlen=cu_seqlens_q is not None)
+    check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    scales, dtype = check_scales(q, k, (q_scale, k_scale, v_scale), out_dtype)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    _check_options(scale, window, softcap)
+    check_options(scale, window, softcap)
     longest = (q.shape[1] if max_q is None else max_q, k.shape[1] if max_k is None else max_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, *longest)
     return _flash_attention(
-        q, k, v, scale, causal, window, softcap, sinks, cu_seqlens_q, cu_seqlens_k, *longest
+        q, k, v, scale, causal, window, softcap, sinks, *lengths, *scales, dtype
     )
-
-
-def _check_options(softmax_scale: float, window: int, softcap: float) -> None:
-    if not softmax_scale > 0:
-        raise ValueError(f"softmax_scale must be > 0, got {softmax_scale}")
-    if window < 0:
-        raise ValueError(f"window must be >= 0, got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must be >= 0, got {softcap}")
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, varlen: bool) -> None:
-    check_dtype("q", q, *FLOATS)
-    check_shape("q", q, *([None] * (3 if varlen else 4)))
-    check_shape("k", k, *([None] if varlen else [q.shape[0], None]), None, q.shape[-1])
-    check_shape("v", v, *k.shape[:-1], None)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, x, q.dtype)
-        check_device(name, x, q.device)
-        check_last_dim_contiguous(name, x)
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} must have a head dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}"
-            )
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"q must have a multiple of k's {k.shape[-2]} heads, got {q.shape[-2]}")
-    if sinks is not None:
-        check_dtype("sinks", sinks, *FLOATS)
-        check_shape("sinks", sinks, q.shape[-2])
-        check_device("sinks", sinks, q.device)
-
-
-def _check_lengths(
-    q: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_q: int | None,
-    max_k: int | None,
-) -> None:
-    given = [x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_q, max_k)]
-    if any(given) and not all(given):
-        raise ValueError(
-            "cu_seqlens_q, cu_seqlens_k, max_q and max_k must be given together, got only some"
-        )
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return
-    check_shape("cu_seqlens_q", cu_seqlens_q, None)
-    check_shape("cu_seqlens_k", cu_seqlens_k, *cu_seqlens_q.shape)
-    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_dtype(name, x, torch.int32)
-        check_device(name, x, q.device)
-        check_last_dim_contiguous(name, x)

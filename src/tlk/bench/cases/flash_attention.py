@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
 from tlk.kernels.flash_attention import flash_attention, flash_attention_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Attention:
     softcap: float = 0.0
     sinks: bool = False
     varlen: bool = False
+    eight_bit: bool = False
     gate: bool = True
 
     def inputs(self, make: Inputs) -> tuple[Any, ...]:
@@ -34,16 +38,18 @@ class Attention:
         batch = [] if self.varlen else [len(self.lengths)]
         queries = sum(self.lengths) if self.varlen else self.lengths[0]
         lead_q, lead_k = [*batch, queries], [*batch, self.keys or queries]
-        return (
+        q, k, v = (
             make.randn(*lead_q, self.heads, self.d),
             make.randn(*lead_k, self.kv_heads, self.d),
             make.randn(*lead_k, self.kv_heads, self.dv or self.d),
-            make.randn(self.heads) if self.sinks else None,
-            starts,
         )
+        if self.eight_bit:
+            q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+        return q, k, v, make.randn(self.heads) if self.sinks else None, starts
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor | None) -> Any:
         longest = max(self.lengths) if self.varlen else None
+        scale = q.new_ones(1, dtype=torch.float32) if self.eight_bit else None
         return flash_attention(
             q,
             k,
@@ -56,6 +62,7 @@ class Attention:
             cu_seqlens_k=cu,
             max_q=longest,
             max_k=longest,
+            q_scale=scale,
         )
 
     def reference(
@@ -81,10 +88,12 @@ class Attention:
     def bytes(self, itemsize: int) -> int:
         queries = sum(self.lengths) * self.heads
         keys = (self.keys * len(self.lengths) or sum(self.lengths)) * self.kv_heads
+        if self.eight_bit:
+            return (queries + keys) * self.d + (queries * itemsize + keys) * (self.dv or self.d)
         return (queries + keys) * (self.d + (self.dv or self.d)) * itemsize
 
     def case(self) -> Case:
-        plain = not (self.window or self.softcap or self.sinks or self.varlen)
+        plain = not (self.window or self.softcap or self.sinks or self.varlen or self.eight_bit)
         return Case(
             op="flash_attention",
             shape=self.name,
@@ -96,6 +105,8 @@ class Attention:
             peers={"sdpa": self.sdpa} if plain else {},
             options={"causal": self.causal, "window": self.window, "softcap": self.softcap},
             gate=self.gate,
+            dtypes=DTYPES[:1] if self.eight_bit else DTYPES,
+            oldest=89 if self.eight_bit else 75,
         )
 
 
@@ -123,6 +134,10 @@ CASES = tuple(
         Attention("short-64", (16,) * 16, 16, 16, d=64, keys=1500),
         Attention("short-128", (16,) * 16, *LLAMA, keys=4096),
         Attention("short-256", (16,) * 16, 16, 8, d=256, keys=4096),
+        Attention("short-grouped-512", (48,) * 16, *LLAMA, keys=512),
+        Attention("llama-8b-4096-fp8", (4096,), *LLAMA, causal=True, eight_bit=True),
+        Attention("mha-full-4096-fp8", (4096,), 32, 32, eight_bit=True),
+        Attention("d64-full-4096-fp8", (4096,), 64, 64, d=64, eight_bit=True),
         Attention("mha-16384", (16384,), 32, 32, causal=True, gate=False),
         Attention("mha-full-16384", (16384,), 32, 32, gate=False),
         *(
