@@ -17,6 +17,7 @@ from tlk.kernels.aot import dry_run, isolated, measure
 from tlk.kernels.matmul import activate_reference
 from tlk.kernels.scaled_mm import (
     CUBLAS,
+    candidates,
     choose,
     default_config,
     scaled_mm,
@@ -480,6 +481,24 @@ def test_cublas_multiplies_blocks(m, n, k):
     bias, residual = epilogue(m, n, "cuda")
     check_call(args, backend="cublas")
     check_call(args, bias, "silu", residual, backend="cublas")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 89, 90, 100, 120])
+@pytest.mark.parametrize("m", [1, 16, 48, 64, 200])
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_are_distinct_and_fit(kind, m, arch):
+    dtype = INT8 if kind == "int8" else FP8
+    found = candidates(arch, 132, dtype, (4096, 4096), m, blockwise=kind == "block")
+    assert len({str(config) for config in found}) == len(found)
+    assert (CUBLAS in found) == (kind != "int8" or m > 16)
+    kernels = {config["kernel"] for config in found if config != CUBLAS}
+    many = set() if arch < 80 else {"tma" if arch in (90, 100) else "tile"}
+    few = {"sums"} if arch < 80 else {"dot"}
+    assert kernels == (
+        (few if m <= (16 if arch < 80 else 64) else set()) | (many if m > 32 else set())
+    )
+    if kind == "block":
+        assert {c["meta"]["BLOCK_K"] for c in found if c != CUBLAS and arch >= 80} <= {128}
 
 
 def test_tiles_of_many_rows():

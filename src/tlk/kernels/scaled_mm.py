@@ -21,6 +21,8 @@ configurations (tuning.py) come before these defaults:
 Cost: N·K bytes for small M (W is read once), 2·M·N·K operations for large M.
 """
 
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -55,6 +57,11 @@ BLOCK_ROWS = 512  # up to here "tma" multiplies scaled blocks: 256 rows 12.7 µs
 SUM_ROWS = 16  # up to here "sums" serves int8 without tensor cores
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+TILES = (
+    (64, 64, 128, 4, 4), (64, 64, 128, 4, 6), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4),
+    (128, 128, 128, 4, 3), (128, 128, 128, 8, 4), (128, 256, 128, 8, 3), (256, 128, 128, 8, 3),
+)  # fmt: skip
+"""What tiles of many rows are tuned over."""
 
 CUBLAS: Config = {"backend": "cublas"}
 
@@ -203,6 +210,62 @@ def _tma_meta(processors: int, m: int, n: int, blockwise: bool) -> dict[str, int
     values = (block_m, block_n, 128, 4, stages)
     meta = {"GROUP_M": 8, "PROMOTE": 128, "PARTS": 1, "FLATTEN": blockwise, "PER_SM": 2}
     return dict(zip(TILE, values, strict=True)) | meta
+
+
+def candidates(
+    arch: int,
+    processors: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    running: int,
+    blockwise: bool = False,
+) -> list[Config]:
+    """What may be fastest for `running` rows of x and a weight [n, k] = `dims`."""
+    boxes = dims[1] % 16 == 0
+    found: list[Config] = []
+    if arch < 80:
+        found += [_config("sums", **_sums_meta(running))] if running <= SUM_ROWS else []
+    elif running <= FEW_ROWS:
+        found += [_config("dot", **meta) for meta in _dot_metas(arch, running, blockwise)]
+        if arch == 90 and boxes and ring_missing() is None:
+            found += [_config("ring", **meta) for meta in _ring_metas(running, blockwise)]
+    if arch >= 80 and running > FEW_ROWS // 2:
+        kernel = "tma" if arch in (90, 100) and boxes else "tile"
+        found += [_config(kernel, **meta) for meta in _tile_metas(kernel, running, blockwise)]
+    return found if dtype == torch.int8 and running <= 16 else [*found, CUBLAS]
+
+
+def _dot_metas(arch: int, m: int, blockwise: bool) -> Iterator[dict[str, int]]:
+    rows = min(max(next_power_of_2(m), 16), 64)
+    memory = (80, 144, 200) if arch in (80, 90, 100) else (48, 80)
+    for block_n, block_k in itertools.product((32, 64, 128), (128,) if blockwise else (128, 256)):
+        stage = (block_n + rows) * block_k
+        meta = {"BLOCK_M": rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "PREFETCH": 256}
+        for stages in sorted({min(kib * 1024 // stage, 14) for kib in memory} - {0, 1}):
+            yield meta | {"PROMOTE": 128, "num_warps": block_n // 16, "num_stages": stages}
+
+
+def _ring_metas(m: int, blockwise: bool) -> Iterator[dict[str, int]]:
+    rows = min(max(next_power_of_2(m), 8), 64)
+    for kib, block_k in itertools.product((64, 100, 150, 210), (128, 256, 512)):
+        stages = kib * 1024 // ((64 + rows) * block_k)
+        if 2 <= stages <= 18 and not (blockwise and block_k > GROUP):
+            yield {"BLOCK_M": rows, "BLOCK_K": block_k, "STAGES": stages}
+
+
+def _tile_metas(kernel: str, m: int, blockwise: bool) -> Iterator[dict[str, int]]:
+    promote = {"GROUP_M": 8, "PROMOTE": 128}
+    for values in TILES:
+        if values[0] > max(next_power_of_2(m), 64) or (blockwise and values[0] * values[1] > 16384):
+            continue
+        meta = dict(zip(TILE, values, strict=True)) | promote
+        if kernel == "tile":
+            yield meta
+            continue
+        for flatten in (False, True):
+            parts = 2 if values[0] * values[1] > 16384 else 1
+            per_sm = 1 if values[3] == 8 else 2
+            yield meta | {"PARTS": parts, "FLATTEN": flatten, "PER_SM": per_sm}
 
 
 def cublas_refuses(
