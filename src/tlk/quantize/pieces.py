@@ -57,9 +57,12 @@ class Pieces:
             self.source.decoder.layers[i] = nn.Identity()
 
     def layers(self) -> Iterator[tuple[str, Format, Packed]]:
-        """Every quantized module of the checkpoint, its format and its packed tensors."""
+        """Every quantized module of the checkpoint, its format and its packed tensors, on the device.
+
+        There because a file's layout is another one, and packing is faster where layers are worked on.
+        """
         for i in sorted(by_layer(self.plan)):
-            piece = self.partial.load(_name(i))
+            piece = self.partial.load(_name(i), str(self.device))
             assert piece is not None
             targets = self._targets(i)
             formats = {m: t.format for t in targets.values() for m in t.modules}
