@@ -76,17 +76,31 @@ def default_config(
 
 @lru_cache
 def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Config:
-    """The default of "mma" for m rows of x; fits every SM from sm_80."""
+    """The default of "mma" for m rows of x; fits every SM from sm_80.
+
+    Where W is tall, more programs of 4 warps; else 8 warps share rows of W, and each has half as far to go.
+    """
     n, _, group = dims
     block_m = next_power_of_2(min(m, 16))
+    tall = n >= 40 * processors
     words = 2 if kind == "table4" and group == 64 else 4
-    warps = 4 if cdiv(n, 16) >= 2.5 * processors else 8
-    if block_m < 16:
-        tiles, rows = 4 if warps == 4 else 2, 1
+    warps, rows = 4 if tall else 8, 1
+    if block_m == 16:
+        rows, tiles = 2, 1 if halves(kind) == 2 else 2
+    elif halves(kind) == 1:
+        warps, tiles = 8, 4
+    elif block_m == 8:
+        rows, tiles = (2, 1) if tall else (1, 2)
     else:
-        tiles, rows = (2 if halves(kind) == 1 else 1), 2
-    meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles * 4 // words}
-    return {"backend": "triton", "kernel": "mma", "meta": meta | {"WORDS": words}}
+        tiles = 4 if tall and block_m < 4 else 2
+    if words == 2:  # the table is what costs: its registers leave room for few programs
+        tiles *= 2
+        if block_m < 8 and n < 128 * processors:
+            warps, tiles = 4, 8
+    meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles, "WORDS": words}
+    if warps == 4:  # ptxas of Triton 3.6 else aims for 168 registers and spills
+        meta["maxnreg"] = 255
+    return {"backend": "triton", "kernel": "mma", "meta": meta}
 
 
 @lru_cache
@@ -95,8 +109,8 @@ def wide_config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
     block_m = min(max(next_power_of_2(max(m, 1)), 16), 128)
     tall = cdiv(n, 128) * cdiv(m, block_m) >= processors
     block_n, warps = (128, 8) if tall else (64, 4)
-    splits = 1
-    while splits < 8 and 2 * splits * cdiv(n, block_n) * cdiv(m, block_m) <= 2 * processors:
+    splits, programs = 1, cdiv(n, block_n) * cdiv(m, block_m)
+    while splits < 4 and 2 * splits * programs <= 2 * processors and k // splits >= 2048:
         splits *= 2
     stages = 3 if arch in (80, 90, 100) else 2
     meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_N": 1, "SPLITS": splits}

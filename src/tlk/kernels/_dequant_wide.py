@@ -130,7 +130,9 @@ def _wide_kernel(
         a = _decoded(tl.reshape(w, (RUNS, 2, 2)), minus, factor, table, KIND, DTYPE)
         a = tl.reshape(a, (BLOCK_N // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2, HALVES))
         a = tl.reshape(tl.permute(a, (0, 2, 1, 3, 9, 8, 5, 6, 4, 7)), (BLOCK_N, 64 * HALVES))
-        acc = tl.dot(a, tl.trans(x), acc)
+        # A use of the sums here makes the compiler wait for them. Triton 3.6 to 3.7 lets the instructions of
+        # a step run on while the next one decodes into the registers that they read: wrong on an H100.
+        acc = tl.where(end > 0, tl.dot(a, tl.trans(x), acc), 0.0)
         if GROUP > 0:
             stored = stored_next
         if zero_ptr is not None:

@@ -129,18 +129,19 @@ def _launch(w: Quantized, out: Tensor) -> None:
 
 @triton.jit
 def _unnest_kernel(
-    code_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr, out_ptr, groups, stride_absmax,
-    PDL: tl.constexpr, BLOCK: tl.constexpr,
+    code_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr, out_ptr, N, groups, stride_absmax,
+    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK scales of a row: map[code] · absmax of 256 of them + offset."""
+    """Scales of ROWS rows, BLOCK of each: map[code] · absmax of 256 of them + offset."""
     allow_next(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = group < groups
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    group = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < N) & (group < groups)
     code = tl.load(code_ptr + row * groups + group, mask, other=0).to(tl.int32)
-    block = (tl.load(start_ptr + row) + group) // 256
+    block = (tl.load(start_ptr + row, row < N, other=0) + group) // 256
     absmax = tl.load(absmax_ptr + row * stride_absmax + block, mask, other=0.0)
-    scale = tl.load(map_ptr + code) * absmax + tl.load(offset_ptr + row)
+    offset = tl.load(offset_ptr + row, row < N, other=0.0)
+    scale = tl.load(map_ptr + code, mask, other=0.0) * absmax + offset
     wait_for_previous(PDL)
     tl.store(out_ptr + row * groups + group, scale, mask)
 
@@ -153,10 +154,11 @@ def unnested(w: Quantized) -> Quantized:
     scale = torch.empty(n, groups, device=w.scale.device)
     absmax, start, values, offset = w.nested
     dependent = pdl(w.scale.device)
-    block = min(next_power_of_2(groups), 256)
-    _unnest_kernel[(n, cdiv(groups, block))](
-        w.scale, absmax, start, values, offset, scale, groups, absmax.stride(0), dependent, block,
-        num_warps=max(block // 128, 1), enable_fp_fusion=False, launch_pdl=dependent,
+    block = min(next_power_of_2(groups), 64)
+    rows = 2048 // block
+    _unnest_kernel[(cdiv(n, rows), cdiv(groups, block))](
+        w.scale, absmax, start, values, offset, scale, n, groups, absmax.stride(0), dependent, rows,
+        block, num_warps=4, enable_fp_fusion=False, launch_pdl=dependent,
     )  # fmt: skip
     return replace(w, scale=scale, nested=[])
 
