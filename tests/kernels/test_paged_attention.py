@@ -403,11 +403,13 @@ def test_turing(dtype, device):
 
 
 def test_split_count():
-    assert split_count(8, 511, 264) == 1
-    assert split_count(1024, 8192, 264) == 1  # many sequences fill the GPU
-    assert 28 <= split_count(8, 131072, 264) <= 33  # one sequence fills it, too
-    assert split_count(8, 256, 264) == 1  # too few keys to share
-    assert split_count(128, 4096, 264) == 2
+    assert split_count(8, 511, 132) == 1
+    assert split_count(1024, 8192, 132) == 1  # many sequences fill the GPU
+    assert split_count(8, 131072, 132) == 16  # one sequence fills it, too
+    assert split_count(8, 256, 132) == 1  # too few keys to share
+    assert split_count(128, 4096, 132) == 1
+    assert split_count(96, 4096, 132) == 2  # a quarter of it idle is too much
+    assert split_count(40, 600, 132) == 2
 
 
 def test_configs_have_no_more_rows_than_needed():

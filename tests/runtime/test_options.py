@@ -28,7 +28,7 @@ def test_types(field, value):
 
 
 def test_caches_without_a_kernel_are_refused():
-    with pytest.raises(UnsupportedError, match="'double' has no kernel; these have: auto, .*int8"):
+    with pytest.raises(UnsupportedError, match=r"'double' has no kernel; these have: auto, .*int8"):
         EngineOptions(kv_cache_dtype="double")
 
 

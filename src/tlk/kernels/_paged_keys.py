@@ -40,7 +40,7 @@ def _pages(table_ptr, tile, first, last, PAGE: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def rows_for_codes(q, scale, PAIRS: tl.constexpr):
-    """Rows [BLOCK_M, D] for products with codes: two halves of alternate columns, and a scale for each row.
+    """Rows [BLOCK_M, D] for products with codes: halves of alternate columns, and a scale a row.
 
     bfloat16 becomes float16, in which codes are exact and cheap to make; powers of 2 bring each row
     into its range. Without PAIRS all stays as it is.
@@ -63,19 +63,20 @@ def attend_tiles(
     table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    TWINS: tl.constexpr, PAIRS: tl.constexpr,
+    TWINS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
 
     Keys outside [first, last) are not read; tiles [full_begin, full_end) need no other mask. `scale`
     [BLOCK_M] multiplies the scores. With PAIRS, the kind of codes, D and DV count pairs.
+    STAGES: of the loop's pipeline.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, q.shape[1])
     dv = tl.arange(0, acc.shape[1])
     # Read a tile ahead: loads behind a page id of the same iteration get half the pipeline's depth.
     next_page = _pages(table_ptr, begin, first, last, PAGE, BLOCK_N)
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=STAGES):
         page = next_page
         next_page = _pages(table_ptr, tile + 1, first, last, PAGE, BLOCK_N)
         key = tile * BLOCK_N + n

@@ -15,7 +15,8 @@ def gather(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Copy `pages` [B, n] of B sequences: [B, Hk, L, D], and which tokens some query sees, [B, L].
 
-    8-bit codes become float32. The others, and the table's entries for their pages, may hold anything: they give 0.
+    8-bit codes become float32. The others, and the table's entries for their pages, may hold
+    anything: they give 0.
     """
     page_size = k_cache.shape[2]
     key = torch.arange(pages.shape[1] * page_size, device=pages.device)

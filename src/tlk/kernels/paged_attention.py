@@ -101,58 +101,23 @@ def _key_range(
     return first, last, begin, full_begin, full_end, end, used
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_seqs", "splits"])
-def _paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr,
-    used_ptr, k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row, n_rows, n_seqs, splits,
-    scale, cap, GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, PAIRS: tl.constexpr,
-    LEAST: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _attend_rows(
+    q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr, k_scale_ptr,
+    v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before, row, first, last, begin,
+    full_begin, full_end, end, used, splits, scale, cap,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TWINS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys."""
-    allow_next(PDL)
-    wait_for_previous(PDL)
-    if DECODE:
-        tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-        seq = tl.program_id(0) // tiles
-        row = tl.program_id(0) % tiles * BLOCK_M
-    else:  # the last tiles of a prompt, which see the most keys, start first
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq, row = locate(tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S)
+    """BLOCK_M rows of a sequence's `queries`, from `row`: the result, or this split's part of it."""
     rows = row + tl.arange(0, BLOCK_M)
     # of codes, tensor cores take halves of the columns, at least 16
     d = tl.arange(0, triton.next_power_of_2(D) if D > 16 or PAIRS is None else 32)
     dv = tl.arange(0, triton.next_power_of_2(DV) if DV > 16 or PAIRS is None else 32)
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + rows % GROUP
-    heads = tl.num_programs(1) * GROUP
-    if not SPLIT:  # rows of no sequence; with splits, the kernel that combines them writes these
-        padding = tl.load(cu_ptr + n_seqs)
-        empty = padding + rows // GROUP
-        mine = (seq == n_seqs) & (empty < n_rows)
-        if DECODE:  # program i stands for row i, too
-            empty = seq + rows // GROUP
-            mine = (rows < GROUP) & (empty >= padding) & (empty < n_rows)
-        at = (empty * heads + head)[:, None] * DV + dv[None, :]
-        zero = tl.zeros((BLOCK_M, dv.shape[0]), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, zero, mask=mine[:, None] & (dv < DV)[None, :])
-    if seq >= n_seqs:
-        return
-    start = tl.load(cu_ptr + seq)
-    queries = tl.load(cu_ptr + seq + 1) - start
-    if row >= queries * GROUP:
-        return
-    before = tl.load(lens_ptr + seq) - queries  # the position of the first query
-    lowest = before + row // GROUP
-    highest = before + tl.minimum((row + BLOCK_M - 1) // GROUP, queries - 1)
-    first, last, begin, full_begin, full_end, end, used = _key_range(
-        lowest, highest, splits, SPLIT, LEAST, WINDOW, BLOCK_N
-    )
-    if SPLIT:  # noqa: SIM102
-        if tl.program_id(2) >= used:
-            return
     live = rows < queries * GROUP
     token = (start + rows // GROUP).to(tl.int64)
     q_tile = (token * q_row + head * q_head)[:, None] + d[None, :]
@@ -176,13 +141,10 @@ def _paged_attention_kernel(
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
     position = before + rows // GROUP
-    table_ptr += seq.to(tl.int64) * table_row
-    k_ptr += kv_head * k_head
-    v_ptr += kv_head * v_head
     acc, odd_acc, total, top = attend_tiles(
         acc, acc, total, top, q, odd_q, position, first, last, begin, full_begin, full_end, end,
         table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
-        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D // pair, DV // pair, BLOCK_N, TWINS, PAIRS,
+        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D // pair, DV // pair, BLOCK_N, TWINS, PAIRS, STAGES,
     )  # fmt: skip
     if PAIRS is not None:
         acc = tl.reshape(tl.join(acc, odd_acc), (BLOCK_M, dv.shape[0])) * unit
@@ -191,18 +153,95 @@ def _paged_attention_kernel(
     acc = acc / total[:, None]
     if v_scale_ptr is not None:
         acc *= tl.load(v_scale_ptr + kv_head)
-    at = token * heads + head
-    o_mask = live[:, None] & (dv < DV)[None, :]
+    at = token * (tl.num_programs(1) * GROUP) + head
+    mask = live[:, None] & (dv < DV)[None, :]
+    to = at[:, None] * DV + dv[None, :]
     if SPLIT:
-        split = tl.program_id(2)
-        tl.store(used_ptr + at, used, mask=live & (split == 0))
+        tl.store(used_ptr + at, used, mask=live & (tl.program_id(2) == 0))
         if used > 1:
-            at = at * splits + split
+            at = at * splits + tl.program_id(2)
             lse = tl.where(some, top + tl.log2(total), float("-inf"))
             tl.store(lse_ptr + at, lse, mask=live)
-            tl.store(partial_ptr + at[:, None] * DV + dv[None, :], acc, o_mask)
+            tl.store(partial_ptr + at[:, None] * DV + dv[None, :], acc, mask)
+        else:
+            tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask)
+    else:
+        tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_seqs", "splits"])
+def _paged_attention_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr,
+    used_ptr, k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row,
+    n_rows, n_seqs, splits, scale, cap,
+    GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, PAIRS: tl.constexpr,
+    LEAST: tl.constexpr, FEW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys.
+
+    FEW > 0: a sequence of no more rows, as decode rows of a mixed batch are, gets a tile of that size.
+    """
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    if DECODE:
+        tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+        seq = tl.program_id(0) // tiles
+        row = tl.program_id(0) % tiles * BLOCK_M
+    else:  # the last tiles of a prompt, which see the most keys, start first
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        seq, row = locate(tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S)
+    kv_head = tl.program_id(1).to(tl.int64)
+    if not SPLIT:  # rows of no sequence; with splits, the kernel that combines them writes these
+        rows = row + tl.arange(0, BLOCK_M)
+        dv = tl.arange(0, triton.next_power_of_2(DV))
+        padding = tl.load(cu_ptr + n_seqs)
+        empty = padding + rows // GROUP
+        mine = (seq == n_seqs) & (empty < n_rows)
+        if DECODE:  # program i stands for row i, too
+            empty = seq + rows // GROUP
+            mine = (rows < GROUP) & (empty >= padding) & (empty < n_rows)
+        head = kv_head * GROUP + rows % GROUP
+        at = (empty * (tl.num_programs(1) * GROUP) + head)[:, None] * DV + dv[None, :]
+        zero = tl.zeros((BLOCK_M, dv.shape[0]), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, zero, mask=mine[:, None] & (dv < DV)[None, :])
+    if seq >= n_seqs:
+        return
+    start = tl.load(cu_ptr + seq)
+    queries = tl.load(cu_ptr + seq + 1) - start
+    if row >= queries * GROUP:
+        return
+    before = tl.load(lens_ptr + seq) - queries  # the position of the first query
+    lowest = before + row // GROUP
+    highest = before + tl.minimum((row + BLOCK_M - 1) // GROUP, queries - 1)
+    first, last, begin, full_begin, full_end, end, used = _key_range(
+        lowest, highest, splits, SPLIT, LEAST, WINDOW, BLOCK_N
+    )
+    if SPLIT:  # noqa: SIM102
+        if tl.program_id(2) >= used:
             return
-    tl.store(out_ptr + at[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), o_mask)
+    table_ptr += seq.to(tl.int64) * table_row
+    k_ptr += kv_head * k_head
+    v_ptr += kv_head * v_head
+    if FEW:  # noqa: SIM102
+        if queries * GROUP <= FEW:
+            _attend_rows(
+                q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr,
+                k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before,
+                row, first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
+                GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, False, PAGE, D, DV, FEW, BLOCK_N, TWINS,
+                PAIRS, 3,
+            )  # fmt: skip
+            return
+    _attend_rows(
+        q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr,
+        k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before, row,
+        first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
+        GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, BRANCH, PAGE, D, DV, BLOCK_M, BLOCK_N, TWINS,
+        PAIRS, STAGES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,25 +342,26 @@ def _launch(
     tiles = max(seqs, tokens) * cdiv(group, config.block_m)
     if not decode:
         tiles = tokens * group // config.block_m + seqs + 1
-    slots = sm_count(q.device) * (2 if config.num_warps <= 4 else 1)
-    splits = 1
-    if not deterministic and (decode or 2 * tiles * kv_heads <= slots):
-        splits = split_count(tiles * kv_heads, pages * page_size, slots)
+    processors, splits = sm_count(q.device), 1
+    if not deterministic and (decode or tiles * kv_heads <= processors):
+        splits = split_count(tiles * kv_heads, pages * page_size, processors)
     pairs = code_kind(k_cache) if config.dot else None
     k_cache, v_cache = (as_pairs(x) if pairs else readable(x) for x in (k_cache, v_cache))
     parts = Partials(out, splits) if splits > 1 else None
     into = (parts.results, parts.lse, parts.used) if parts else (None, None, None)
     _paged_attention_kernel[(tiles, kv_heads, splits)](
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, out, *into,
-        k_scale, v_scale, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
-        v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
+        k_scale, v_scale, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
+        v_cache.stride(0), v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
         softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
         softcap * LOG2_E.value,
         GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_S=1 if decode else next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
-        TWINS=d == dv and k_cache.stride() == v_cache.stride(), PAIRS=pairs, PDL=dependent,
+        FEW=16 if pairs and config.block_m > 16 and not deterministic else 0,
+        STAGES=config.num_stages, TWINS=d == dv and k_cache.stride() == v_cache.stride(),
+        PAIRS=pairs, PDL=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
     if parts:

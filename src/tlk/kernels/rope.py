@@ -119,8 +119,8 @@ def _turn(
 @triton.jit
 def _rope_and_write_kv_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, positions_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-    k_scale_ptr, v_scale_ptr, q_norm_ptr, k_norm_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    k_stride_page, v_stride_page, eps, weight_offset,
+    k_scale_ptr, v_scale_ptr, q_norm_ptr, k_norm_ptr, q_stride_t, q_stride_h, k_stride_t,
+    k_stride_h, v_stride_t, v_stride_h, k_stride_page, v_stride_page, eps, weight_offset,
     Q_HEADS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
@@ -161,18 +161,18 @@ def _rope_and_write_kv_kernel(
             at = token * k_stride_t + head * k_stride_h
             to = slot // PAGE * k_stride_page + (head * PAGE + slot % PAGE) * D
             _turn(
-                k_ptr + at, k_cache_ptr + to, scale, head < HEADS, (head < HEADS) & (slot >= 0), cos_ptr,
-                sin_ptr, row, k_norm_ptr, eps, weight_offset, False, INTERLEAVED, HALF, D,
+                k_ptr + at, k_cache_ptr + to, scale, head < HEADS, (head < HEADS) & (slot >= 0),
+                cos_ptr, sin_ptr, row, k_norm_ptr, eps, weight_offset, False, INTERLEAVED, HALF, D,
                 BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
 
 
 def default_config(heads: int, half: int) -> tuple[int, int, int]:
-    """Heads and pairs per program, and warps, for `heads` kv heads: 8 pairs a thread."""
+    """Heads and pairs per program, and warps, for `heads` kv heads: 4 pairs a thread."""
     block_half = next_power_of_2(half)
     block_heads = min(max(1024 // block_half, 1), next_power_of_2(heads))
     block_heads = max(block_heads, 256 // block_half)  # a warp of 16-byte loads, padded if need be
-    return block_heads, block_half, min(max(block_heads * block_half // 256, 1), 4)
+    return block_heads, block_half, min(max(block_heads * block_half // 128, 1), 4)
 
 
 @op(rope_and_write_kv_reference_, mutates=("q", "k_cache", "v_cache"), fake=_nothing)
@@ -190,7 +190,8 @@ def _rope_and_write_kv_(
     dependent = pdl(q.device)
     _rope_and_write_kv_kernel[(tokens, blocks)](
         q, k, v, cos.contiguous(), sin.contiguous(), positions.contiguous(),
-        writable(k_cache), writable(v_cache), slots.contiguous(), k_scale, v_scale, q_norm, k_norm, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        writable(k_cache), writable(v_cache), slots.contiguous(), k_scale, v_scale, q_norm, k_norm,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0), eps, weight_offset,
         Q_HEADS=q_heads, HEADS=heads, PAGE=k_cache.shape[2], D=d, DV=dv, HALF=half,
         INTERLEAVED=interleaved, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
@@ -212,7 +213,8 @@ def rope_and_write_kv_(
     (i, i + R/2), or (2i, 2i + 1) if `interleaved`. With `q_norm` and `k_norm` [D] each head is
     divided by its root mean square and multiplied by `weight_offset` + weight before it turns.
 
-    `k_cache`, `v_cache`, `slots`, `k_scale` and `v_scale` are those of `write_kv_`; `k` and `v` stay as they are. All of
+    `k_cache`, `v_cache`, `slots`, `k_scale` and `v_scale` are those of `write_kv_`; `k` and `v` stay
+    as they are. All of
     q, k and v may be views of one fused projection. Raises TypeError or ValueError for other dtypes
     and shapes, and where the last dimension of q, k or v is not contiguous.
     """
