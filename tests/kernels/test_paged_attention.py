@@ -215,8 +215,9 @@ def test_split_keys(queries, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 18])
 def test_codes(queries, dtype, codes, device):
-    r = Requests([queries, 1, 0], [130, 35, 0], device, dtype, page=16, d=40, dv=24, codes=codes,
-                 padding=2)  # fmt: skip
+    chunk = min(queries, 9)  # a few more rows than a tile of decode rows has
+    r = Requests([queries, chunk, 1, 0], [130, 35, 21, 0], device, dtype, page=16, d=40, dv=24,
+                 codes=codes, padding=2)  # fmt: skip
     assert not verify(r)[-2:].any(), "padding must be 0"
     r = Requests(
         [queries, 1], [60, 35], device, dtype, d=16, dv=48, heads=6, window=21, codes=codes
