@@ -8,6 +8,8 @@ from tlk.bench.tune import Options
 from tlk.bench.tune_calls import CALLS
 from tlk.bench.tune_keys import PARTS, Projection, projections
 
+LINEARS = ("matmul", "norm_linear", "gated_linear")
+
 
 def test_the_layers_of_a_model():
     assert set(projections("llama-3.1-8b")) == {
@@ -36,13 +38,13 @@ def test_layer_norms_are_no_norm_linears():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tune_keys.SHAPES, "it", fields)
         layers = projections("it")
-        wanted = Options(shapes=("it",), tokens=(1,)).wanted()
+        wanted = Options(ops=LINEARS, shapes=("it",), tokens=(1,)).wanted()
     assert not any(layer.norm or layer.gated for layer in layers)
     assert {k.op for k in wanted} == {"matmul"}
 
 
 def test_keys_are_few_tokens_first_and_heads_see_few():
-    wanted = Options(tokens=(512, 1)).wanted()
+    wanted = Options(ops=LINEARS, tokens=(512, 1)).wanted()
     assert [k.running for k in wanted] == sorted(k.running for k in wanted)
     assert [str(k) for k in wanted if k.op != "matmul" and k.running == 1] == [
         "norm_linear 6144×4096 bfloat16 M1",

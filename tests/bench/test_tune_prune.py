@@ -1,4 +1,4 @@
-from tests.bench.tuning import key
+from tests.bench.tuning import GEMV, key
 from tlk.bench import tune_prune
 from tlk.bench.tune_prune import Trial, compiled, spelled
 from tlk.kernels._linear_configs import CUBLAS
@@ -12,14 +12,17 @@ def test_bad_machine_code_is_refused_with_its_reason():
         {"backend": "triton", "kernel": "dot", "meta": dot | {"num_stages": 16}},
         {"backend": "triton", "kernel": "dot", "meta": dot | {"num_stages": 2, "BLOCK_N": 24}},
     ]
-    trials = [Trial(key(running=16, dims=(256, 4096)), c) for c in configs]
-    gemv = {"BLOCK_N": 8, "PER_SM": 1, "MOST_TILES": 1, "num_warps": 2}
-    configs.append({"backend": "triton", "kernel": "gemv", "meta": gemv})
-    trials.append(Trial(key(dims=(256, 4096)), configs[-1]))
+    trials = [Trial(key(running=16, dims=(8192, 4096)), c) for c in configs]
     found = {spelled(t.config): t.refusal for done in compiled(trials, 90, jobs=2) for t in done}
-    fine, small, large, broken, spilling = (found[spelled(c)] for c in configs)
+    fine, small, large, broken = (found[spelled(c)] for c in configs)
     assert fine is None and small is None
-    assert "shared memory" in large and broken and "spilled" in spilling
+    assert "shared memory" in large and broken
+
+
+def test_what_the_gate_finds_is_the_refusal(monkeypatch):
+    monkeypatch.setattr(tune_prune, "violations", lambda metrics, large: ["spills", "and more"])
+    ((trial,),) = compiled([Trial(key(), GEMV)], 90, jobs=1)
+    assert trial.refusal == "spills"
 
 
 def test_one_compilation_serves_what_differs_in_its_launch():

@@ -286,17 +286,35 @@ def test_rows_too_long_for_registers(device):
 
 
 def test_a_measured_gemv_is_for_one_row(device, monkeypatch):
-    gemv = {
-        "backend": "triton",
-        "kernel": "gemv",
-        "meta": {"BLOCK_N": 2, "PER_SM": 1, "MOST_TILES": 9},
-    }
+    meta = {"BLOCK_N": 32, "PER_SM": 1, "MOST_TILES": 9, "num_warps": 1}
+    gemv = {"backend": "triton", "kernel": "gemv", "meta": meta}
     monkeypatch.setattr(module, "lookup", lambda *_: gemv)
     x, weight, *_ = operands(2, 8, 64, device, BF16)
     assert choose(x[:1], weight, None) is gemv
     assert choose(x, weight, None)["kernel"] == "dot"
     check_call(x, weight)
     check_call(x[:1], weight)
+
+
+@pytest.mark.parametrize("k, fits", [(2048, False), (4096, True), (8192, True), (16384, False)])
+def test_a_measured_gemv_is_for_rows_of_a_like_length(k, fits, monkeypatch):
+    """128 or 256 bytes of W a thread: with fewer it waits, and more do not fit its registers."""
+    meta = {"BLOCK_N": 4, "PER_SM": 1, "MOST_TILES": 9, "num_warps": 8}
+    gemv = {"backend": "triton", "kernel": "gemv", "meta": meta}
+    monkeypatch.setattr(module, "lookup", lambda *_: gemv)
+    with interpret(sm=90):
+        config = choose(torch.empty(1, k, dtype=BF16), torch.empty(8, k, dtype=BF16), None)
+    assert (config is gemv) == fits
+
+
+@pytest.mark.parametrize("n, fits", [(3264, False), (3456, True)])
+def test_a_measured_dot_is_for_as_many_tiles_as_half_the_sms(n, fits, monkeypatch):
+    dot = {"backend": "triton", "kernel": "dot", "meta": META["dot"] | {"BLOCK_N": 64}}
+    monkeypatch.setattr(module, "lookup", lambda *_: dot)
+    monkeypatch.setattr(module, "sm_count", lambda device: 132)
+    with interpret(sm=90):
+        config = choose(torch.empty(16, 64, dtype=BF16), torch.empty(n, 64, dtype=BF16), None)
+    assert (config is dot) == fits
 
 
 def test_a_measured_kernel_for_few_rows_is_not_for_many(device, monkeypatch):

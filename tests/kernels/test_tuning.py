@@ -336,8 +336,8 @@ print(json.dumps({
 
 
 def test_a_cold_process_compiles_each_kernel_of_a_shipped_table_once_and_tunes_nothing(tmp_path):
-    gemv = {"BLOCK_N": 2, "PER_SM": 1, "MOST_TILES": 3, "num_warps": 2}
-    dot = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "PREFETCH": 0, "num_warps": 8}
+    gemv = {"BLOCK_N": 16, "PER_SM": 1, "MOST_TILES": 3, "num_warps": 2}
+    dot = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "PREFETCH": 0, "num_warps": 8}
     for at, kernel, meta in ((0, "gemv", gemv), (4, "dot", dot)):
         config = {"backend": "triton", "kernel": kernel, "meta": meta}
         entry = Entry(2, HERE, "bfloat16", (512, 256), at, config)

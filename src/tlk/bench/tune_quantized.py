@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tlk.bench.case import Inputs
 from tlk.bench.tune_keys import EPS, Call, Calls, Key, Projection, model_weight
+from tlk.kernels._dequant_configs import CUBLAS as DEQUANTIZED
 from tlk.kernels.act_quant import quantize_act
 from tlk.kernels.gated_linear import gated_linear_reference
 from tlk.kernels.matmul import matmul_reference
@@ -29,7 +30,7 @@ WEIGHT_ONLY: dict[str, tuple[Format, int | None]] = {
     "dequant_mm.table4": (NF4, 64),
     "dequant_mm.mx4": (MXFP4(), 32),
     "dequant_mm.nv4": (NVFP4(), 16),
-    "dequant_mm.fp8": (Fp8(), None),  # which hands few rows to dequant_mm
+    "dequant_mm.fp8": (Fp8(weight_only=True), None),
 }
 """A format of each kind, and how many inputs share a scale; None: those of a row."""
 
@@ -90,7 +91,7 @@ def _weight_only(format: Format, key: Key) -> Call:
             return norm_linear_reference(x, norm, weight, eps=EPS)
         return matmul_reference(x, weight, residual=residual)
 
-    return Call(inputs, run, reference)
+    return Call(inputs, run, reference, DEQUANTIZED)
 
 
 def _eight_bit(format: Format, dtype: torch.dtype, block: int | None, key: Key) -> Call:

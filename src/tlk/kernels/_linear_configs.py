@@ -141,6 +141,25 @@ def decode_candidates(
     return found
 
 
+def fits(config: Config, processors: int, dtype: torch.dtype, n: int, k: int, running: int) -> bool:
+    """Whether a configuration, measured on a shape nearby, suits a weight [n, k] and `running` rows too.
+
+    It is not to be taken for more rows than its kernel is for, nor where a thread of "gemv" would
+    hold another number of bytes of W than it was tuned with, or tiles of "dot" be too few for the SMs.
+    """
+    kernel = config.get("kernel", "")
+    if running > MOST_ROWS.get(kernel, running):
+        return False
+    if kernel == "gemv":
+        row, meta = next_power_of_2(k) * dtype.itemsize, config["meta"]
+        a_thread = meta["BLOCK_N"] * row // (32 * meta["num_warps"])
+        return k * dtype.itemsize <= LONGEST_ROW and 128 <= a_thread <= 256
+    if kernel == "dot":
+        block_n = config["meta"]["BLOCK_N"]
+        return block_n == 16 or cdiv(n, block_n) >= 0.4 * processors
+    return True
+
+
 def triton_config(kernel: str, **meta: int) -> Config:
     return {"backend": "triton", "kernel": kernel, "meta": meta}
 

@@ -44,10 +44,9 @@ from tlk.kernels._linear import _activated, launch
 from tlk.kernels._linear_configs import (
     CUBLAS,
     DECODE_ROWS,
-    LONGEST_ROW,
-    MOST_ROWS,
     decode_config,
     default_config,
+    fits,
     tile_config,
 )
 from tlk.kernels._op import op
@@ -122,14 +121,12 @@ def choose(x: Tensor, weight: Tensor, backend: str | None) -> Config:
 
 
 def measured(op: str, version: int, x: Tensor, weight: Tensor) -> Config | None:
-    """What tables say of act(x · weightᵀ), or None where they name a kernel for fewer rows."""
+    """What tables say of act(x · weightᵀ), or None where it does not suit this shape."""
     m, (n, k) = x.shape[:-1].numel(), weight.shape
     config = lookup(op, version, x.device, x.dtype, (n, k), m)
-    if config is None or m > MOST_ROWS.get(config.get("kernel", ""), m):
-        return None
-    if config.get("kernel") == "gemv" and k * x.element_size() > LONGEST_ROW:
-        return None
-    return config
+    if config is not None and fits(config, sm_count(x.device), x.dtype, n, k, m):
+        return config
+    return None
 
 
 def name_of(config: Config, backend: str | None) -> str:

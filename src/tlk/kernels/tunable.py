@@ -9,9 +9,13 @@ A kernel file states three things of an op, and this one names them:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from tlk.kernels._dequant_configs import VERSION as DEQUANT_MM
+from tlk.kernels._dequant_configs import candidates as dequant_mm_candidates
+from tlk.kernels._dequant_configs import default_config as dequant_mm_default
 from tlk.kernels._linear_configs import candidates as matmul_candidates
 from tlk.kernels._linear_configs import default_config as matmul_default
 from tlk.kernels.gated_linear import VERSION as GATED_LINEAR
@@ -39,9 +43,21 @@ class Tunable:
 
 _LINEAR = frozenset({"PER_SM", "MOST_TILES"})
 
+
+def _dequant_mm(kind: str) -> Tunable:
+    space = partial(dequant_mm_candidates, kind=kind)
+    return Tunable(DEQUANT_MM, space, partial(dequant_mm_default, kind=kind))
+
+
 # In the order in which they are measured: what an op may hand its work to comes before it.
 TUNABLE = {
     "matmul": Tunable(MATMUL, matmul_candidates, matmul_default, _LINEAR),
     "norm_linear": Tunable(NORM_LINEAR, norm_linear_candidates, norm_linear_default, _LINEAR),
     "gated_linear": Tunable(GATED_LINEAR, gated_linear_candidates, gated_linear_default, _LINEAR),
+    "dequant_mm.int4": _dequant_mm("int4"),
+    "dequant_mm.int8": _dequant_mm("int8"),
+    "dequant_mm.table4": _dequant_mm("table4"),
+    "dequant_mm.mx4": _dequant_mm("mx4"),
+    "dequant_mm.nv4": _dequant_mm("nv4"),
+    "dequant_mm.fp8": _dequant_mm("fp8"),
 }
