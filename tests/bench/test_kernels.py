@@ -94,6 +94,14 @@ def test_a_wrong_result_is_an_error(peers, run, message, monkeypatch):
         Bench(CPU, LIMITS, 1).row(case(run), torch.float32)
 
 
+def test_a_case_says_how_exact_it_is(peers):
+    peers.append(Peer("p", plain(lambda x: x * 2.6)))
+    found = Bench(CPU, LIMITS, 1).row(case(lambda x: x * 2.3, tolerance=0.2), torch.float32)
+    assert found.ratio("p") is not None  # off by 30 %, of twice 20
+    with pytest.raises(WrongResultError, match="off by 15"):
+        Bench(CPU, LIMITS, 1).row(case(lambda x: x * 2.3, tolerance=0.1), torch.float32)
+
+
 def test_ops_in_place_are_compared_by_what_they_write():
     assert checked(case(in_place, in_place), NEW)[2] == 512
     with pytest.raises(WrongResultError, match="tensor 0 is off"):

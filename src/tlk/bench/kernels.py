@@ -20,8 +20,6 @@ from tlk.bench.limits import Bound, Limits, bound
 from tlk.bench.timing import Call, Spread, copies, time_calls
 from tlk.errors import TlkError, UnsupportedError
 
-# Of the whole output, in the root-mean-square sense: bf16 rounds each value by up to 2⁻⁹ = 0.2 %.
-TOLERANCE = 0.01
 SEED = 1234
 MAX_CPU_BYTES, MAX_CPU_FLOPS = 16 << 20, 1 << 30
 
@@ -109,7 +107,8 @@ class Bench:
             peer.require()
             if peer.compared:
                 fresh = seeded(case, make, 0)
-                _compare(peer, peer.prepare(case, fresh)(), fresh, expected)
+                tolerance = max(peer.tolerance, 2 * case.tolerance)
+                _compare(peer.prepare(case, fresh)(), fresh, expected, tolerance)
                 del fresh
             calls = [peer.prepare(case, values) for values in sets]
             taken = time_calls(calls, self.repeats, self.device)
@@ -154,7 +153,7 @@ def checked(case: Case, make: Inputs) -> tuple[tuple[Any, ...], list[Tensor], in
                 f"{case}: tensor {position} is {a.dtype} {tuple(a.shape)}, "
                 f"not {e.dtype} {tuple(e.shape)}"
             )
-        if not (wrong := difference(a, e)) <= TOLERANCE:
+        if not (wrong := difference(a, e)) <= case.tolerance:
             raise WrongResultError(f"{case}: tensor {position} is off by {wrong:.2%}")
     written = sum(t.nbytes for t in tensors(actual)) or case.bytes(make.dtype.itemsize)
     return inputs, tensors(expected) or tensors(like), written
@@ -170,14 +169,16 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual != expected).float().mean()) if actual.numel() else 0.0
 
 
-def _compare(peer: Peer, result: Any, inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
+def _compare(
+    result: Any, inputs: tuple[Any, ...], expected: list[Tensor], tolerance: float
+) -> None:
     """Where the case returns nothing its inputs are compared, which peers that write must write."""
     given = tensors(result) or tensors(inputs)
     if len(given) != len(expected):
         raise UnsupportedError(f"it gives {len(given)} tensors, not {len(expected)}")
     for a, e in zip(given, expected, strict=True):
         wrong = difference(a.reshape(e.shape) if a.numel() == e.numel() else a, e)
-        if not wrong <= peer.tolerance:
+        if not wrong <= tolerance:
             raise UnsupportedError(f"its result is off by {wrong:.2%}")
 
 

@@ -70,7 +70,10 @@ class Attention:
     ) -> Any:
         options = (self.d**-0.5, self.causal, self.window, self.softcap, sinks)
         longest = (max(self.lengths), self.keys or max(self.lengths))
-        return flash_attention_reference(q, k, v, *options, cu, cu, *longest)
+        out_dtype = torch.bfloat16 if self.eight_bit else None
+        return flash_attention_reference(
+            q, k, v, *options, cu, cu, *longest, out_dtype=out_dtype
+        )  # fmt: skip
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -107,6 +110,7 @@ class Attention:
             gate=self.gate,
             dtypes=DTYPES[:1] if self.eight_bit else DTYPES,
             oldest=89 if self.eight_bit else 75,
+            tolerance=0.04 if self.eight_bit else 0.01,  # probabilities of 3 bits: 1.6 % on an H100
         )
 
 
