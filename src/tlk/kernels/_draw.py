@@ -1,6 +1,6 @@
 """Drawing a token: from a lane, from a row, and from a row in two stages with refusals.
 
-Without top-k no threshold is sought. A lane holds the columns equal modulo LANES, and in stage one
+Without top-k no threshold is sought. A lane holds the columns equal modulo their number, and with
 
     lane = argmax over lanes of  log(mass) + g,    token = argmax over its columns of  x / temperature + g
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._pdl import allow_next, wait_for_previous
 from tlk.kernels._philox import (
     gumbel,
@@ -29,7 +30,10 @@ from tlk.kernels._philox import (
 )
 from tlk.kernels._threshold import LOWEST, key_of, load_row, value_of
 
-LANES = 2048
+
+def lanes_of(n_cols: int) -> int:
+    """The lanes of a row, on which its draws depend."""
+    return min(next_power_of_2(n_cols), 2048)
 
 
 def draw_reference(
@@ -40,12 +44,13 @@ def draw_reference(
     floor: the part of the threshold that is known without sorting, [S]; inverse: 1 / temperature, [S].
     """
     rows, columns = x.shape
-    lanes, steps = min(LANES, columns), -(-columns // LANES)
+    lanes = lanes_of(columns)
+    steps = cdiv(columns, lanes)
     rest = (0, steps * lanes - columns)
     score = (x - x.amax(-1, keepdim=True).clamp(min=LOWEST.value)) * inverse[:, None]
     weight = F.pad(score.exp().double(), rest)
     column = torch.arange(columns, device=x.device)
-    lane_numbers = column[:lanes].expand(rows, -1)
+    lane_numbers = torch.arange(lanes, device=x.device).expand(rows, -1)
     tokens = torch.zeros(rows, dtype=torch.int64, device=x.device)
     candidates = x > -torch.inf
     searching = candidates.any(-1)
@@ -55,7 +60,7 @@ def draw_reference(
         mass = (weight * F.pad(candidates, rest)).view(rows, steps, lanes).sum(1)
         noise = numbered_gumbel_reference(seeds, offsets, lane_numbers, 2 * round + 1)
         lane = (mass.log().float() + noise).argmax(-1, keepdim=True)
-        here = candidates & (column % LANES == lane)
+        here = candidates & (column % lanes == lane)
         noise = numbered_gumbel_reference(seeds, offsets, column.expand(rows, -1), 2 * round + 2)
         drawn = torch.where(here, score + noise, -torch.inf).argmax(-1)
         tokens = torch.where(searching, drawn, tokens)
@@ -186,8 +191,9 @@ def accepted(
     inv_t = tl.div_rn(1.0, temperature)
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp(tops - top), 0)
-    own = tl.load(parts_ptr + lanes // (LANES // PARTS) * 2)
-    mass = tl.load(masses_ptr + lanes) * tl.exp((own - top) * inv_t)
+    width: tl.constexpr = LANES // PARTS
+    own = tl.load(masses_ptr + part[:, None] * width + tl.arange(0, width)[None, :])
+    mass = tl.reshape(own * tl.exp((tops - top) * inv_t)[:, None], (LANES,))
     enough = top_p * tl.sum(mass, 0)
     floor = top + temperature * tl.log(tl.minimum(tl.maximum(min_p, 1e-37), 1.0))
     floor = tl.where(min_p > 0, tl.maximum(floor, LOWEST), LOWEST)

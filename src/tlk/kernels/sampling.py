@@ -35,13 +35,13 @@ from tlk.kernels._check import (
 )
 from tlk.kernels._device import sm_count
 from tlk.kernels._draw import (
-    LANES,
     _mass_kernel,
     accepted,
     draw_lane,
     draw_reference,
     draw_row,
     in_bounds,
+    lanes_of,
 )
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
@@ -263,9 +263,10 @@ def default_config(n_cols: int) -> tuple[int, int]:
     return block, max(block // 256, 1)
 
 
-def parts_of(n_rows: int, processors: int) -> int:
-    """Programs that share the lanes of a row, so that there are some for all SMs."""
-    return next((p for p in (1, 2, 4) if n_rows * p >= 2 * processors), 8)
+def parts_of(n_rows: int, lanes: int, processors: int) -> int:
+    """Programs that share the lanes of a row, 256 or more each, so that there are some for all SMs."""
+    most = max(lanes // 256, 1)
+    return next((p for p in (1, 2, 4) if n_rows * p >= 2 * processors or p >= most), min(8, most))
 
 
 # Bits of a float32 that logits of a 16-bit dtype never set.
@@ -281,21 +282,22 @@ def _sample(
     tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     block, warps = default_config(n_cols)
-    parts = parts_of(n_rows, sm_count(logits.device))
-    masses = torch.empty(n_rows, LANES, dtype=torch.float32, device=logits.device)
+    lanes = lanes_of(n_cols)
+    parts = parts_of(n_rows, lanes, sm_count(logits.device))
+    masses = torch.empty(n_rows, lanes, dtype=torch.float32, device=logits.device)
     of_parts = torch.empty(n_rows, parts, 2, dtype=torch.float32, device=logits.device)
     dependent = pdl(logits.device)
     if n_rows:
         _mass_kernel[(n_rows, parts)](
             logits, temperature, top_k, masses, of_parts, logits.stride(0), n_cols,
-            LANES=LANES, WIDTH=LANES // parts, PDL=dependent, num_warps=8 // parts,
-            launch_pdl=dependent,
+            LANES=lanes, WIDTH=lanes // parts, PDL=dependent,
+            num_warps=max(lanes // parts // 256, 1), launch_pdl=dependent,
         )  # fmt: skip
         _sample_kernel[(n_rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, offsets, masses, of_parts, tokens,
             logprobs, logits.stride(0), n_cols,
-            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, LANES=LANES,
-            PARTS=parts, STEPS=next_power_of_2(cdiv(n_cols, LANES)), PDL=dependent,
+            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, LANES=lanes,
+            PARTS=parts, STEPS=next_power_of_2(cdiv(n_cols, lanes)), PDL=dependent,
             num_warps=warps, launch_pdl=dependent,
         )  # fmt: skip
     return tokens, logprobs
