@@ -5,13 +5,20 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tests.models.zoo as zoo
+import tlk
 from tests.hf.test_quantized_checkpoint import CASES, SIZES, quantized, weights
-from tlk.errors import UnsupportedError
+from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.binding import bind
 from tlk.hf.foreign import take_over
 from tlk.hf.quant_linear import QuantLinear
 from tlk.hf.quantized_checkpoint import save_quantized
 from tlk.quant.int8 import Int8Weight
+
+
+class Stranger(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.silu(x)
+
 
 LOADED = ["int4", "int4-32", "int8", "int8-weight", "fp8", "fp8-block", "fp8-static", "fp4-mx", "fp4-nv", "nf4", "fp4", "nf4-nested"]  # fmt: skip
 
@@ -88,6 +95,38 @@ def test_what_transformers_loads_wrong_is_refused(original, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = loaded(tmp_path)  # which says so in its log
     with pytest.raises(
-        UnsupportedError, match=r"quantized with modelopt, and transformers loaded them as if"
+        CheckpointError, match=r"quantized with modelopt, and transformers loaded them as if"
     ):
         take_over(model)
+    with pytest.raises(CheckpointError, match="quantized with modelopt"):
+        tlk.optimize(model)
+
+
+@pytest.mark.parametrize("name", ["int4", "nf4", "fp8"])
+def test_optimize_runs_what_transformers_loaded(name, original, tmp_path):
+    saved = quantized(original, CASES[name])
+    save_quantized(saved, tmp_path / "out")
+    model = tlk.optimize(loaded(tmp_path / "out"))
+    again = tlk.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert tlk.report(model).refused is None
+    assert type(model.model.layers[0].mlp.down_proj) is QuantLinear
+
+
+def test_modules_that_tlk_does_not_know_keep_all_as_it_was(original, tmp_path):
+    save_quantized(quantized(original, CASES["nf4"]), tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    model.model.layers[1].mlp.act_fn = Stranger()
+    with pytest.warns(tlk.errors.FallbackWarning, match="Stranger"):
+        tlk.optimize(model)(torch.tensor([[1, 2]]))
+    assert type(model.model.layers[0].mlp.down_proj).__module__.startswith("bitsandbytes")
+
+
+def test_parts_that_cannot_be_one_matmul(tmp_path):
+    narrow = zoo.tiny("llama", **(SIZES | {"num_key_value_heads": 1})).to(torch.bfloat16)
+    save_quantized(quantized(narrow, CASES["fp8-block"]), tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    take_over(model)
+    with pytest.raises(UnsupportedError, match=r"attention\.qkv: a layer of 64 outputs"):
+        bind(model)

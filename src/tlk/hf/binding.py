@@ -4,7 +4,7 @@ Binding makes each fused weight one storage and the model's own parameters views
 no second copy and `state_dict`, `save_pretrained` and the original forward stay valid.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tlk.errors import UnsupportedError
+from tlk.hf.foreign import foreign_layers, take_over
 from tlk.hf.quant_linear import QuantLinear, fused
 from tlk.models.batch import PagedKV
 from tlk.models.decoder import Decoder
@@ -73,10 +74,12 @@ class Binding:
 def bind(model: nn.Module, kv_cache_dtype: str = "auto") -> Binding:
     """Build tlk's decoder on the weights of `model`, fusing them in place.
 
-    Raises UnsupportedError, before anything has changed, naming the module that tlk cannot run.
+    Quantized layers that transformers gave to another package become tlk's own. Raises UnsupportedError,
+    before anything has changed, naming the module that tlk cannot run.
     """
     family_name = _family_of(model)
-    check_modules(model)
+    check_modules(model, foreign_layers(model))
+    take_over(model)
     family = FAMILIES[family_name]
     hf: Any = model.config
     config = family.config(hf.to_dict())
@@ -117,9 +120,14 @@ def unbind(model: nn.Module, binding: Binding) -> None:
                 parameters[name].data = parameters[name].data.clone()
 
 
-def check_modules(model: nn.Module) -> None:
-    """Raise UnsupportedError naming the first module whose forward is not transformers' own."""
+def check_modules(model: nn.Module, but: Collection[str] = ()) -> None:
+    """Raise UnsupportedError naming the first module whose forward is not transformers' own.
+
+    but: names of modules that tlk replaces.
+    """
     for name, module in model.named_modules():
+        if name in but:
+            continue
         kind = type(module)
         label = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
         if "forward" in module.__dict__:
@@ -188,7 +196,10 @@ def _store(decoder: Decoder, quantized: Mapping[str, list[QuantLinear]]) -> dict
             raise UnsupportedError(
                 f"{module} has shape {shape}, the config says {(linear.out_features, linear.in_features)}"
             )
-        packed = fused(modules)
+        try:
+            packed = fused(modules)
+        except ValueError as error:
+            raise UnsupportedError(f"{module}: {error}") from error
         linear.store(modules[0].format, packed)
         tensors |= {f"{module}.{part}": tensor for part, tensor in packed.items()}
     return tensors

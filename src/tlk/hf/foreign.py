@@ -12,7 +12,7 @@ from torch import nn
 
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.quant_linear import quantized_like
-from tlk.quant.files.layer import Scheme
+from tlk.quant.files.layer import Layer, Scheme
 from tlk.quant.files.recognise import method_of, recognise
 
 READ = ("compressed-tensors", "bitsandbytes", "fp8", "fbgemm_fp8")
@@ -24,27 +24,38 @@ FLAGS = (
 """What transformers notes on a model that it loaded quantized: it refuses to move one, among others."""
 
 
-def take_over(model: nn.Module) -> list[str]:
-    """Make `QuantLinear`s of the quantized layers of `model`; returns their names.
+def foreign_layers(model: nn.Module) -> dict[str, Any]:
+    """The linear layers of `model` that transformers gave to another package, by name.
 
-    Nothing is done, and [] returned, where transformers did not load quantized layers. One layer at a
-    time is in memory twice. Raises UnsupportedError, before anything has changed, for a method whose
-    modules change their tensors (GPTQ, AWQ), or that transformers does not know (ModelOpt):
-    tlk.AutoModelForCausalLM reads such files itself.
+    Raises UnsupportedError for a method whose modules change their tensors (GPTQ, AWQ), and
+    CheckpointError for one that transformers does not know (ModelOpt), so that the codes became
+    weights: tlk.AutoModelForCausalLM reads such files itself.
     """
     fields = quantization_of(model)
     if fields is None:
-        return []
+        return {}
     scheme = recognise(fields)
     found = {name: m for name, m in model.named_modules() if _quantized(m, scheme)}
-    if not found:
-        return []
-    if scheme.method not in READ:
+    if found and scheme.method not in READ:
         raise UnsupportedError(
             f"the modules of a {scheme.method} model are not as its file is: load it with "
             "tlk.AutoModelForCausalLM, which reads the file itself"
         )
-    dtype = _activations(model)
+    return found
+
+
+@torch.no_grad()
+def take_over(model: nn.Module) -> list[str]:
+    """Make `QuantLinear`s of the `foreign_layers` of `model`; returns their names.
+
+    One layer at a time is in memory twice. Raises as `foreign_layers` does, before anything has changed.
+    """
+    found = foreign_layers(model)
+    if not found:
+        return []
+    fields = quantization_of(model)
+    assert fields is not None
+    scheme, dtype = recognise(fields), _activations(model)
     for name, module in found.items():
         tensors = {k: t.detach() for k, t in module.state_dict().items() if k != "bias"}
         format, packed = _read(scheme, name, module, tensors)
@@ -56,14 +67,14 @@ def take_over(model: nn.Module) -> list[str]:
 def quantization_of(model: Any) -> dict[str, Any] | None:
     """How the checkpoint that transformers loaded into `model` was quantized; None: it was not.
 
-    UnsupportedError if transformers does not know the method: it takes the codes for weights then.
+    CheckpointError if transformers does not know the method: it takes the codes for weights then.
     """
     fields = getattr(getattr(model, "config", None), "quantization_config", None)
     if fields is None:
         return None
     fields = dict(fields) if isinstance(fields, dict) else dict(fields.to_dict())
     if getattr(model, "hf_quantizer", None) is None:
-        raise UnsupportedError(
+        raise CheckpointError(
             f"the config says that the weights are quantized with {method_of(fields)}, and transformers "
             "loaded them as if they were not: load the model with tlk.AutoModelForCausalLM"
         )
@@ -84,7 +95,7 @@ def _activations(model: nn.Module) -> torch.dtype:
     return found.pop()
 
 
-def _read(scheme: Scheme, name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _read(scheme: Scheme, name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Layer:
     shape = (module.out_features, module.in_features)
     try:
         return scheme.read(name, tensors, shape)

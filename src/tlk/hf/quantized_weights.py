@@ -183,12 +183,8 @@ def _one(names: list[str], layers: list[Layer], linear: Linear) -> Layer:
             f"{', '.join(names)} are stored as {', '.join(str(layer.format) for layer in layers)}: "
             "tlk multiplies them in one and needs one format"
         )
-    parts = [layer.packed for layer in layers]
-    if all("input_scale" in part for part in parts):  # the largest cuts no activation off
-        largest = torch.stack([part["input_scale"] for part in parts]).amax(0)
-        parts = [part | {"input_scale": largest} for part in parts]
     try:
-        own = [parallel.shard(part, linear.split) for part in parts]
+        own = [parallel.shard(layer.packed, linear.split) for layer in layers]
         return Layer(layers[0].format, fuse(own))
     except ValueError as error:
         raise UnsupportedError(f"{', '.join(names)}: {error}") from error
@@ -219,7 +215,7 @@ def _attention_modules(decoder: Decoder, sources: Mapping[str, tuple[str, ...]])
 def read_kv_scales(
     decoder: Decoder, plan: Plan, tensors: Mapping[str, InFile]
 ) -> tuple[KVScales | None, ...]:
-    """The scales of each layer's cache as this rank's heads need them; empty where no layer has any.
+    """The scales of each layer's cache, of all heads of the model; empty where no layer has any.
 
     CheckpointError for a scale that is zero or not finite, or of another number of heads.
     """
@@ -239,4 +235,4 @@ def _of_heads(key: str, stored: InFile, attention: Attention) -> Tensor:
         raise CheckpointError(f"{key} must have 1 or {heads} elements, got {list(stored.shape)}")
     if not scale.isfinite().all() or (scale <= 0).any():
         raise CheckpointError(f"{key} holds scales that are zero, negative or not finite")
-    return parallel.shard({"scale": scale.expand(heads).clone()}, "out")["scale"]
+    return scale.expand(heads).clone()

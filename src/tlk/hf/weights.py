@@ -26,7 +26,7 @@ from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.checkpoint import open_files
 from tlk.hf.hub import complete_config, read_config, read_quantization, snapshot
 from tlk.hf.quantized_weights import KVScales, load_quantized_layers, plan, read_kv_scales
-from tlk.models.decoder import Decoder
+from tlk.models.decoder import Decoder, set_kv_scales
 from tlk.models.families import FAMILIES, check_weights, load_weights, weight_sources
 from tlk.models.layers import LayerNorm, RMSNorm
 from tlk.quant.files.recognise import recognise
@@ -42,7 +42,8 @@ class LoadedDecoder:
 
     config: the fields of config.json, completed by the defaults of transformers. bytes: of this
     rank's parameters. seconds: what loading took. quantization: what the checkpoint says of how it is
-    quantized; None: it is not. kv_scales: those of an 8-bit cache, per layer; empty where there are none.
+    quantized; None: it is not. kv_scales: those of an 8-bit cache, per layer, which the decoder has
+    too; empty where there are none.
     """
 
     decoder: Decoder
@@ -99,6 +100,7 @@ def load_decoder(
             load_weights(decoder, quantized.sources, dense, bar.update)
             load_quantized_layers(decoder, quantized, tensors, torch.device(device), bar.update)
         kv_scales = read_kv_scales(decoder, quantized, tensors)
+        set_kv_scales(decoder, {i: own for i, own in enumerate(kv_scales) if own is not None})
     seconds = time.perf_counter() - started
     return LoadedDecoder(
         decoder, config, config["model_type"], chosen, _bytes(decoder), seconds, quantization, kv_scales

@@ -270,19 +270,23 @@ def fuse(parts: list[Packed]) -> Packed:
     """Stack layers that read the same input, such as q, k and v, along their outputs.
 
     Per-input tensors [1, K] beside a taller weight serve all parts; ValueError if they differ, if
-    the parts do not have the same tensors, or if a block of outputs would hold rows of two parts.
+    the parts do not have the same tensors, or if a block of outputs would hold rows of two parts. Of
+    their input_scale the largest serves all, since it cuts off no activation of any.
     """
     _check_alike(parts)
     for part in parts[:-1]:
         _check_whole_blocks(part)
     rows = [max(t.shape[0] for t in part.values()) for part in parts]
-    return {
-        name: _same(name, [p[name] for p in parts])
-        if name not in OF_OUTPUTS
-        and all(p[name].shape[0] == 1 < n for p, n in zip(parts, rows, strict=True))
-        else torch.cat([p[name] for p in parts])
-        for name in parts[0]
-    }
+    return {name: _fused(name, [p[name] for p in parts], rows) for name in parts[0]}
+
+
+def _fused(name: str, tensors: list[Tensor], rows: list[int]) -> Tensor:
+    if name == "input_scale":
+        return torch.stack(tensors).amax(0)
+    per_input = all(t.shape[0] == 1 < n for t, n in zip(tensors, rows, strict=True))
+    if per_input and name not in OF_OUTPUTS:
+        return _same(name, tensors)
+    return torch.cat(tensors)
 
 
 def stack(experts: list[Packed]) -> Packed:
