@@ -262,60 +262,56 @@ def _sums_kernel(
 
 
 def launch(
-    config: Config,
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    y: Tensor,
-    residual: Tensor | None,
-    blockwise: bool,
-) -> None:
+    config: Config, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, activation: str | None, y: Tensor, residual: Tensor | None, blockwise: bool,
+) -> None:  # fmt: skip
     """Run the kernel that `config` names; those `IN_BOXES` want what `in_boxes` says, "sums" int8."""
     (m, n), k = (y.shape[:-1].numel(), y.shape[-1]), weight.shape[1]
-    x, x_scale = x.reshape(m, k), x_scale.reshape(m, x_scale.shape[-1])
+    x, x_scale, y = x.reshape(m, k), x_scale.reshape(m, x_scale.shape[-1]), y.view(m, n)
     stride_residual = 0
     if residual is not None:
         residual = residual.reshape(m, n)
         stride_residual = residual.stride(0)
     kernel, meta = config["kernel"], dict(config["meta"])
-    if kernel == "ring":
-        hopper.launch(
-            meta, x, x_scale, weight, weight_scale, bias, activation, y.view(m, n), residual,
-            stride_residual, blockwise,
-        )  # fmt: skip
+    tensors = x, x_scale, weight, weight_scale, bias, residual, y
+    if kernel in IN_BOXES:
+        run: Any = hopper.launch if kernel == "ring" else _launch_tma
+        run(meta, *tensors, stride_residual, activation, blockwise)
         return
     tiles_m, tiles_n = cdiv(m, meta["BLOCK_M"]), cdiv(n, meta["BLOCK_N"])
-    even_k = k % meta["BLOCK_K"] == 0
-    outputs = bias, residual, y, m, n, k
-    if kernel == "tma":
-        boxes = meta["BLOCK_M"], meta["BLOCK_N"]
-        x_boxes, w_boxes = (
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, meta["BLOCK_K"]])
-            for t, rows in zip((x, weight), boxes, strict=True)
-        )
-        programs = meta.pop("PER_SM") * sm_count(x.device)
-        _tma_kernel[(min(programs, tiles_m * tiles_n),)](
-            x_boxes, x_scale, w_boxes, weight_scale, *outputs,
-            x_scale.stride(0), weight_scale.stride(0), stride_residual, activation, blockwise, **meta,
-        )  # fmt: skip
-        return
-    tensors = x, x_scale, weight, weight_scale, *outputs
     strides = x.stride(0), x_scale.stride(0), weight.stride(0), weight_scale.stride(0)
+    numbers = m, n, k, *strides, stride_residual
+    even_k = k % meta["BLOCK_K"] == 0
     if kernel == "tile":
         _tile_kernel[(tiles_m * tiles_n,)](
-            *tensors, *strides, stride_residual, activation, blockwise, even_k, **meta
-        )
+            *tensors, *numbers, activation, blockwise, even_k, **meta
+        )  # fmt: skip
         return
     dependent = pdl(x.device)
     flags: tuple[Any, ...] = (activation, blockwise) if kernel == "dot" else (activation,)
     run = _dot_kernel if kernel == "dot" else _sums_kernel
     run[(tiles_n, tiles_m)](
-        *tensors, *strides, stride_residual, *flags, even_k, dependent, **meta,
-        launch_pdl=dependent,
+        *tensors, *numbers, *flags, even_k, dependent, **meta, launch_pdl=dependent
+    )
+
+
+def _launch_tma(
+    meta: dict[str, Any], x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, residual: Tensor | None, y: Tensor, stride_residual: int,
+    activation: str | None, blockwise: bool,
+) -> None:  # fmt: skip
+    (m, n), k = y.shape, weight.shape[1]
+    block_m, block_n, block_k = meta["BLOCK_M"], meta["BLOCK_N"], meta["BLOCK_K"]
+    programs = meta.pop("PER_SM") * sm_count(x.device)
+    _tma_kernel[(min(programs, cdiv(m, block_m) * cdiv(n, block_n)),)](
+        _boxes(x, block_m, block_k), x_scale, _boxes(weight, block_n, block_k), weight_scale,
+        bias, residual, y, m, n, k, x_scale.stride(0), weight_scale.stride(0), stride_residual,
+        activation, blockwise, **meta,
     )  # fmt: skip
+
+
+def _boxes(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
 
 
 def in_boxes(t: Tensor) -> bool:

@@ -3,9 +3,10 @@
     yᵀ = W xᵀ, 64 rows of W a program
 
 A ring of tiles [64, BLOCK_K] of W fills by TMA before the wait for earlier kernels, since nothing of W
-depends on them, and stays full to the end; tiles of x join theirs after the wait. With less than half of
-an SM's shared memory a program finds room beside one of the kernel before, and its ring is full when that
-ends. Every product of BLOCK_K columns is added in float32. Gluon is experimental and changes between
+depends on them, and stays full to the end; tiles of x join theirs after the wait. Steps are wide because
+the tensor cores' answer is awaited in each: for one row in float8 the layers of Llama-3.1-8B took 80 µs in
+steps of 512 columns and 81 in steps of 256, on an H100, where "dot" took 87.
+Every product of BLOCK_K columns is added in float32. Gluon is experimental and changes between
 versions of Triton: `missing` says why this one cannot run the kernel.
 """
 
@@ -123,8 +124,8 @@ def missing() -> str | None:
 
 def launch(
     meta: dict[str, int], x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, activation: str | None, y: Tensor, residual: Tensor | None,
-    stride_residual: int, blockwise: bool,
+    bias: Tensor | None, residual: Tensor | None, y: Tensor, stride_residual: int,
+    activation: str | None, blockwise: bool,
 ) -> None:  # fmt: skip
     """Run the kernel on matrices `x` and `y`; with scales of blocks BLOCK_K is 128."""
     (m, n), k = y.shape, weight.shape[1]

@@ -87,7 +87,12 @@ EVERY = (
 )
 
 CASES = (
-    *(case(m, n, k) for case in EVERY for m in (1, 16, 64, 256) for n, k in LAYERS),
+    *(
+        case(m, n, k, gate=(n, k) == LAYERS[0])
+        for case in EVERY
+        for m in (1, 16, 64, 256)
+        for n, k in LAYERS
+    ),
     *(case(m, m, m, gate=m == 4096) for case in EVERY for m in (4096, 8192)),
     *(case(m, 4096, 14336, epilogue=True) for case in EVERY for m in (1, 16, 64, 4096)),
     *(case(m, 576, 192) for case in EVERY for m in (8, 128)),
