@@ -191,7 +191,8 @@ def _dot_meta(arch: int, m: int, blockwise: bool) -> dict[str, int]:
 def tile_config(arch: int, processors: int, m: int, n: int, blockwise: bool, boxes: bool) -> Config:
     """The Triton configuration for many rows; fits every SM."""
     if arch in (90, 100) and boxes:
-        return _config("tma", **_tma_meta(processors, m, n, blockwise))
+        meta = _tma_meta(processors, m, n, blockwise)
+        return _config("tma", **meta | ({"num_warps": 8} if arch == 100 else {}))  # 4 spill there
     if arch in (80, 90, 100):
         values = (128, 128, 128, 8, 3)
     else:
