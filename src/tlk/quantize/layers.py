@@ -144,8 +144,8 @@ def _quantize_half(
     half: Half, wanted: list[Target | None], stream: Stream, result: LayerResult
 ) -> None:
     first = wanted[0]
-    weights = [linear.packed()["weight"].float() for linear in (half.first, half.second)]
-    dtype = half.first.packed()["weight"].dtype
+    dense = [linear.packed()["weight"] for linear in (half.first, half.second)]
+    weights, dtype = [w.to(torch.float32, copy=True) for w in dense], dense[0].dtype
     seen = None
     if first is not None:
         seen = _inputs(half.first, first, stream)
