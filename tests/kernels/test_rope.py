@@ -140,6 +140,20 @@ def test_keys_and_values_in_codes(dtype, codes, interleaved, norm, device):
     torch.testing.assert_close(q, want_q)
 
 
+def test_scales_of_more_heads_than_a_program_takes(device):
+    q, k = torch.randn(2, 2, 256, device=device), torch.randn(2, 9, 256, device=device)
+    v, _, slots = step(2, 9, 256, 256, device)
+    caches = [torch.zeros(4, 9, 4, 256, dtype=torch.int8, device=device) for _ in range(2)]
+    want = [x.clone() for x in caches]
+    scales = [torch.rand(9, device=device) + 0.02 for _ in range(2)]
+    options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+    tables_and_places = *tables(256, device), positions_of(2, device)
+    rope_and_write_kv_reference_(q.clone(), k, v, *tables_and_places, *want, slots, **options)
+    rope_and_write_kv_(q, k, v, *tables_and_places, *caches, slots, **options)
+    for cache, codes in zip(caches, want, strict=True):
+        assert (cache.int() - codes.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
