@@ -25,6 +25,9 @@ from tlk.kernels.matmul import VERSION as MATMUL
 from tlk.kernels.norm_linear import VERSION as NORM_LINEAR
 from tlk.kernels.norm_linear import candidates as norm_linear_candidates
 from tlk.kernels.norm_linear import default_config as norm_linear_default
+from tlk.kernels.scaled_mm import VERSION as SCALED_MM
+from tlk.kernels.scaled_mm import candidates as scaled_mm_candidates
+from tlk.kernels.scaled_mm import default_config as scaled_mm_default
 from tlk.kernels.tuning import Config
 
 
@@ -49,6 +52,11 @@ def _dequant_mm(kind: str) -> Tunable:
     return Tunable(DEQUANT_MM, space, partial(dequant_mm_default, kind=kind))
 
 
+def _scaled_mm(blockwise: bool) -> Tunable:
+    space = partial(scaled_mm_candidates, blockwise=blockwise)
+    return Tunable(SCALED_MM, space, partial(scaled_mm_default, blockwise=blockwise))
+
+
 # In the order in which they are measured: what an op may hand its work to comes before it.
 TUNABLE = {
     "matmul": Tunable(MATMUL, matmul_candidates, matmul_default, _LINEAR),
@@ -60,4 +68,7 @@ TUNABLE = {
     "dequant_mm.mx4": _dequant_mm("mx4"),
     "dequant_mm.nv4": _dequant_mm("nv4"),
     "dequant_mm.fp8": _dequant_mm("fp8"),
+    "scaled_mm.fp8": _scaled_mm(blockwise=False),
+    "scaled_mm.fp8_block": _scaled_mm(blockwise=True),
+    "scaled_mm.int8": _scaled_mm(blockwise=False),
 }
