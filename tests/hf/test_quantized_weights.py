@@ -108,6 +108,14 @@ def test_a_layer_that_the_config_lists_is_quantized(original, tmp_path):
         load(out)
 
 
+def test_a_module_that_the_config_names_is_there(original, tmp_path):
+    out = save(original, tmp_path / "out", Int4())
+    name = "model.layers.7.mlp.down_proj"
+    configure(out, lambda c: c["config_groups"]["group_0"]["targets"].insert(0, name))
+    with pytest.raises(CheckpointError, match=f"modules that the model does not have: {name}"):
+        load(out)
+
+
 def test_nothing_is_quantized_though_the_config_says_so(original, tmp_path):
     original.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())

@@ -121,9 +121,9 @@ def _whole(out: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _tensors(model: QuantizedModel, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -84,6 +84,7 @@ def plan(
     if scheme is None:
         return Plan(None, sources, frozenset(keys) - theirs, cache=cache)
     layers, dense = {}, dict(sources)
+    _check_named(folder, scheme, decoder, sources)
     for name, linear in linears(decoder).items():
         parts = [key.removesuffix(".weight") for key in sources[f"{name}.weight"]]
         found = {part: _suffixes(part, keys) for part in parts}
@@ -102,6 +103,20 @@ def plan(
         for suffix in suffixes
     }
     return Plan(scheme, dense, frozenset(keys) - placed - theirs, layers, cache)
+
+
+def _check_named(
+    folder: Path, scheme: Scheme, decoder: Decoder, sources: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise CheckpointError for a module that the config says is quantized, and the model does not have."""
+    theirs = {
+        key.removesuffix(".weight") for n in linears(decoder) for key in sources[f"{n}.weight"]
+    }
+    if strangers := sorted(set(scheme.named()) - theirs):
+        raise CheckpointError(
+            f"{folder}: its {scheme.method} config quantizes modules that the model does not have: "
+            f"{', '.join(strangers)}"
+        )
 
 
 def _suffixes(module: str, keys: Mapping[str, object]) -> list[str]:

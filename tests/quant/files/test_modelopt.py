@@ -70,7 +70,7 @@ def test_mixed_precision_by_layer():
         {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
     )
     assert (scheme.of("a"), scheme.of("b"), scheme.of("c")) == ("FP8", "NVFP4", None)
-    assert scheme.listed("c") is False
+    assert scheme.listed("c") is False and scheme.named() == ["a", "b"]
     with pytest.raises(
         UnsupportedError, match="c is quantized, and quantized_layers does not say how"
     ):

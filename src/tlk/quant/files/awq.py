@@ -40,6 +40,9 @@ class AWQ:
             return False
         return not any(part in module for part in self.skipped)
 
+    def named(self) -> Collection[str]:
+        return ()
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return "qweight" in suffixes
 

@@ -42,6 +42,9 @@ class BitsAndBytes:
     def listed(self, module: str) -> bool | None:
         return module != "lm_head" and not any(names(key, module) for key in self.skipped)
 
+    def named(self) -> Collection[str]:
+        return ()
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return "SCB" in suffixes or "weight.absmax" in suffixes
 

@@ -61,6 +61,10 @@ class CompressedTensors:
             return False
         return self.of(module) is not None
 
+    def named(self) -> Collection[str]:
+        keys = (key for group in self.groups for key in group.targets)
+        return [key for key in keys if "." in key and not key.startswith("re:")]  # no class's name
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return any(suffix in suffixes for suffix in WEIGHTS)
 

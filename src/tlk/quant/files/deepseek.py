@@ -34,6 +34,9 @@ class BlockFp8:
     def listed(self, module: str) -> bool | None:
         return module != "lm_head" and not any(names(key, module) for key in self.skipped)
 
+    def named(self) -> Collection[str]:
+        return ()
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return any(suffix in suffixes for suffix in SCALES)
 

@@ -49,6 +49,9 @@ class GPTQ:
             return False
         return False if self.of(module) is None else None
 
+    def named(self) -> Collection[str]:
+        return ()
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return "qweight" in suffixes
 

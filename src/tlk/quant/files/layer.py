@@ -35,6 +35,10 @@ class Scheme(Protocol):
         """Whether the config says that the linear layer `module` is quantized; None: it does not say."""
         ...
 
+    def named(self) -> Collection[str]:
+        """Modules that the config names one by one as quantized: the model must have them."""
+        ...
+
     def holds(self, suffixes: Collection[str]) -> bool:
         """Whether a layer with tensors of these names (after the module's) is quantized."""
         ...

@@ -44,6 +44,9 @@ class ModelOpt:
             return False
         return self.of(module) is not None
 
+    def named(self) -> Collection[str]:
+        return list(self.algorithms)
+
     def holds(self, suffixes: Collection[str]) -> bool:
         return "weight_scale" in suffixes
 
