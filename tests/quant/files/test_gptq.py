@@ -45,6 +45,10 @@ def test_streams_of_every_width_come_back(bits):
 def test_negative_words_are_not_sign_extended():
     assert unpack_words(words(-1), 4, 8).tolist() == [[15] * 8]
     assert unpack_words(words(-1, -1, -1), 3, 32).tolist() == [[7] * 32]
+    across = unpack_words(words(-(2**31), 0, 0), 3, 32)[
+        0
+    ].tolist()  # its top bit, and none of the next
+    assert across == [0] * 10 + [2] + [0] * 21
 
 
 def test_zeros_of_version_1_are_undone_by_word():
