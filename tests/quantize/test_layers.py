@@ -188,12 +188,15 @@ def test_without_data_every_layer_is_rounded():
     assert torch.equal(found, F.linear(torch.eye(96), found).T) and not torch.equal(found, weight)
 
 
+@torch.no_grad()
 def test_the_head_reads_the_normalized_stream():
     made, sources = prepared()
     target = planned(made, sources, ignore=[]).targets["lm_head"]
-    stream = stream_of(made)
+    stream, weight = stream_of(made), made.lm_head.weight.clone()
     result = calibrate_head(made.lm_head, made.final_norm, target, stream)
     assert made.lm_head.format == target.format and list(result.packed) == ["lm_head"]
-    assert (
-        result.reports["lm_head"][0]["output_error"] < result.reports["lm_head"][0]["weight_error"]
-    )
+    x = made.final_norm(stream.x.flatten(0, 1))
+    values, exact = target.format.dequantize(result.packed["lm_head"]), F.linear(x, weight)
+    wanted = float((F.linear(x, values) - exact).norm() / exact.norm())
+    assert result.reports["lm_head"][0]["output_error"] == pytest.approx(wanted, rel=1e-3)
+    assert wanted < result.reports["lm_head"][0]["weight_error"]
