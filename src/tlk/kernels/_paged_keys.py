@@ -69,7 +69,8 @@ def attend_tiles(
 
     Keys outside [first, last) are not read; tiles [full_begin, full_end) need no other mask. `scale`
     [BLOCK_M] multiplies the scores. With PAIRS, the kind of codes, D and DV count pairs.
-    STAGES: of the loop's pipeline.
+    STAGES: of the loop's pipeline. None is what the kernel is launched with, and leaves page ids out
+    of it: with them in it keys are asked for half as early (H100, 131,072 keys: 318 and not 190 µs).
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, q.shape[1])

@@ -360,7 +360,7 @@ def _launch(
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_S=1 if decode else next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
         FEW=16 if pairs and config.block_m > 16 and not deterministic else 0,
-        STAGES=config.num_stages, TWINS=d == dv and k_cache.stride() == v_cache.stride(),
+        STAGES=None, TWINS=d == dv and k_cache.stride() == v_cache.stride(),
         PAIRS=pairs, PDL=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
