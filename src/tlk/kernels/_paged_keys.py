@@ -63,21 +63,21 @@ def attend_tiles(
     table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    TWINS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    TWINS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles [begin, end); `top` is the row maximum in base 2.
 
     Keys outside [first, last) are not read; tiles [full_begin, full_end) need no other mask. `scale`
     [BLOCK_M] multiplies the scores. With PAIRS, the kind of codes, D and DV count pairs.
-    STAGES: of the loop's pipeline. None is what the kernel is launched with, and leaves page ids out
-    of it: with them in it keys are asked for half as early (H100, 131,072 keys: 318 and not 190 µs).
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, q.shape[1])
     dv = tl.arange(0, acc.shape[1])
     # Read a tile ahead: loads behind a page id of the same iteration get half the pipeline's depth.
     next_page = _pages(table_ptr, begin, first, last, PAGE, BLOCK_N)
-    for tile in tl.range(begin, end, num_stages=STAGES):
+    # No tl.range(num_stages=): it takes the page ids into the pipeline of keys, whose loads then start half
+    # as early (H100, one sequence of 131,072: 318 and not 190 µs).
+    for tile in range(begin, end):
         page = next_page
         next_page = _pages(table_ptr, tile + 1, first, last, PAGE, BLOCK_N)
         key = tile * BLOCK_N + n

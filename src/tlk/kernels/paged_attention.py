@@ -109,7 +109,7 @@ def _attend_rows(
     GROUP: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TWINS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    TWINS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of a sequence's `queries`, from `row`: the result, or this split's part of it."""
     rows = row + tl.arange(0, BLOCK_M)
@@ -144,7 +144,7 @@ def _attend_rows(
     acc, odd_acc, total, top = attend_tiles(
         acc, acc, total, top, q, odd_q, position, first, last, begin, full_begin, full_end, end,
         table_ptr, k_ptr, v_ptr, k_page, v_page, scale, cap,
-        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D // pair, DV // pair, BLOCK_N, TWINS, PAIRS, STAGES,
+        WINDOW, SOFTCAP, DOT, BRANCH, PAGE, D // pair, DV // pair, BLOCK_N, TWINS, PAIRS,
     )  # fmt: skip
     if PAIRS is not None:
         acc = tl.reshape(tl.join(acc, odd_acc), (BLOCK_M, dv.shape[0])) * unit
@@ -178,7 +178,7 @@ def _paged_attention_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, PAIRS: tl.constexpr,
-    LEAST: tl.constexpr, FEW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tile of (query, head of the group) rows of one sequence × kv head × split of its keys.
 
@@ -232,7 +232,7 @@ def _paged_attention_kernel(
                 k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before,
                 row, first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
                 GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, False, PAGE, D, DV, FEW, BLOCK_N, TWINS,
-                PAIRS, 3,
+                PAIRS,
             )  # fmt: skip
             return
     _attend_rows(
@@ -240,7 +240,7 @@ def _paged_attention_kernel(
         k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before, row,
         first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
         GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, BRANCH, PAGE, D, DV, BLOCK_M, BLOCK_N, TWINS,
-        PAIRS, STAGES,
+        PAIRS,
     )  # fmt: skip
 
 
@@ -360,7 +360,7 @@ def _launch(
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_S=1 if decode else next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
         FEW=16 if pairs and config.block_m > 16 and not deterministic else 0,
-        STAGES=None, TWINS=d == dv and k_cache.stride() == v_cache.stride(),
+        TWINS=d == dv and k_cache.stride() == v_cache.stride(),
         PAIRS=pairs, PDL=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
