@@ -245,10 +245,8 @@ def _scale_pair(stored, KIND: tl.constexpr, DTYPE: tl.constexpr):
             return _twice(tl.where(exponent == 0, 0x40, exponent << 7))
         else:
             return _number_pair(_e8m0(exponent), DTYPE)
-    elif KIND == "table4" or KIND == "fp8":
-        return _number_pair(stored, DTYPE)
     else:
-        return _twice(stored.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+        return _number_pair(stored, DTYPE)
 
 
 @triton.jit

@@ -197,8 +197,9 @@ def dequant_mm(
     or `rms_norm` of it where there is a `norm_weight` [K]. w [N, K] is stored as `kind` says, in groups
     of `group_size` inputs, K for whole rows:
 
-    - "int4": `weight` uint8 [N, K/2], `scale` [N, K/G], `zero` uint8 [N, K/G] or None for 8.
-    - "int8": `weight` int8 [N, K], `scale` [N, K/G] or [N, 1], `zero` int8 like it or None for 0.
+    - "int4": `weight` uint8 [N, K/2], `scale` [N, K/G] of float32, float16 or bfloat16, `zero` uint8
+      [N, K/G] or None for 8.
+    - "int8": `weight` int8 [N, K], `scale` [N, K/G] or [N, 1] as for int4, `zero` int8 like it or None for 0.
     - "table4": codes of `table` float32 [1, 16], `scale` float32 [N, K/G]; or uint8 and `nested`: absmax
       float32 [N, S], start int32 [N, 1], map float32 [1, 256] and offset float32 [N, 1], where a scale is
       map[scale[n, b]] · absmax[n, (start[n] + b) // 256] + offset[n].

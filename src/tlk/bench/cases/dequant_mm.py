@@ -173,23 +173,27 @@ def _dequantize_case(variant: str, n: int, k: int) -> Case:
     )
 
 
-NAMED = (
+CASES = (
     *(
         _case(v, m, n, k)
         for v in ("int4", "int8", "nf4", "fp8")
         for m in (1, 16)
         for n, k in LAYERS
     ),
-    *(_case("int4", m, n, k) for m in (4, 64, 256, 4096) for n, k in LAYERS),
-    *(_case(v, m, 6144, 4096) for v in VARIANTS for m in (1, 16, 64)),
+    *(_case("int4", m, n, k) for m in (64, 256, 4096) for n, k in LAYERS),
+    *(_case("int4", m, 6144, 4096) for m in (4, 8, 32, 128)),
+    *(_case(v, 1, 6144, 4096) for v in VARIANTS if v not in ("int4", "int8", "nf4", "fp8")),
+    *(_case(v, m, 4096, 4096) for v in ("mx4", "nv4", "int4-asymmetric") for m in (16, 64)),
+    *(_case(v, 64, 4096, 4096) for v in ("nf4", "int8", "fp8", "fp8-block")),
     *(
-        _case(v, m, 28672, 4096, extras="norm", activation="silu", gated=True)
-        for v in ("int4", "nf4", "fp8")
+        _case("int4", m, 28672, 4096, extras="norm", activation="silu", gated=True)
         for m in (1, 16, 64)
     ),
-    *(_case(v, 1, 4096, 14336, extras="bias residual") for v in ("int4", "nf4")),
-    *(_case(v, 1, 2048, 2048, dtypes=FLOATS) for v in VARIANTS),  # float32: without tensor cores
-    *(_case(v, 9, 1024, 2048, dtypes=FLOATS) for v in ("int4", "int8-asymmetric", "nf4-nested")),
-    *(_dequantize_case(v, 6144, 4096) for v in VARIANTS),
+    *(_case("int4", m, 4096, 14336, extras="bias residual") for m in (1, 64)),
+    *(_case(v, 1, 2048, 2048, dtypes=(torch.float32,)) for v in ("int4", "nf4-nested", "nv4")),
+    *(_case(v, 9, 1024, 2048, dtypes=FLOATS) for v in ("int8-asymmetric", "fp8-block", "mx4")),
+    *(
+        _dequantize_case(v, 6144, 4096)
+        for v in ("int4", "int4-channel", "int8", "nf4-nested", "mx4", "nv4", "fp8-block")
+    ),
 )
-CASES = tuple({str(case): case for case in NAMED}.values())  # each shape once
