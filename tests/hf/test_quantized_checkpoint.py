@@ -158,6 +158,8 @@ def test_shards_have_an_index(original, tmp_path):
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     tensors = {key: t for file in files for key, t in load_file(file).items()}
     assert index["weight_map"].keys() == tensors.keys()
+    for file in files:
+        assert sum(t.numel() * t.element_size() for t in load_file(file).values()) <= 60_000
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     assert index["metadata"]["total_size"] == size
     assert size == sum(f.stat().st_size for f in files) - sum(
