@@ -33,6 +33,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from tests.libdevice import LIBDEVICE, erf
 from tlk.kernels import _kv_codes
 from tlk.kernels._op import kernels_on_cpu
 
@@ -108,46 +109,6 @@ def _convert_float(data: Array, source: tl.dtype, target: tl.dtype, rounding: An
     if source not in known or target not in known or (toward_zero and target != tl.bfloat16):
         raise TypeError(f"no conversion from {source} to {target} in rounding mode {rounding}")
     return encode(decode(data, source), target, toward_zero)
-
-
-def erf(x: Array) -> Array:
-    return torch.erf(torch.from_numpy(np.array(x))).numpy()
-
-
-# CUDA's math library by the names of its functions, without the suffix f of single precision.
-LIBDEVICE: dict[str, Callable[..., Array]] = {
-    "copysign": np.copysign,
-    "erf": erf,
-    "exp": np.exp,
-    "exp10": lambda x: np.power(10.0, x),
-    "exp2": np.exp2,
-    "expm1": np.expm1,
-    "fabs": np.abs,
-    "fast_exp": np.exp,
-    "fast_fdivide": np.divide,
-    "fast_log": np.log,
-    "fast_log2": np.log2,
-    "fast_pow": np.power,
-    "fast_tanh": np.tanh,
-    "fdiv_rn": np.divide,
-    "floor": np.floor,
-    "fmax": np.fmax,
-    "fmin": np.fmin,
-    "fmod": np.fmod,
-    "isinf": np.isinf,
-    "isnan": np.isnan,
-    "log": np.log,
-    "log1p": np.log1p,
-    "log2": np.log2,
-    "nearbyint": np.rint,
-    "pow": np.power,
-    "rint": np.rint,
-    "round": lambda x: np.trunc(x + np.copysign(0.5, x)),
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-    "trunc": np.trunc,
-}
 
 
 def _e4m3_bits(codes: Array) -> Array:

@@ -26,9 +26,7 @@ def _optimized(
     return (model, info) if output_loading_info else model
 
 
-def _around_decoder(
-    kind: Any, path: Any, output_loading_info: bool = False, **kwargs: Any
-) -> Any:
+def _around_decoder(kind: Any, path: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """The quantized checkpoint at `path` as a model of class `kind`, optimized."""
     model = optimize(load_quantized(kind, path, **kwargs))
     info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set()}

@@ -75,14 +75,14 @@ def _draw(ax: Any, rows: Sequence[Row]) -> None:
     width = 0.8 / (1 + len(names))
     at = range(len(rows))
     ax.bar(
-        [i - 0.4 + width / 2 for i in at], [r.speed() for r in rows], width, label="tlk", color="C3"
+        [i - 0.4 + width / 2 for i in at], [r.speed() for r in rows], width, label="tlk", color="black"
     )
     for n, name in enumerate(names):
         speeds = [(i, r.speed() / ratio) for i, r in enumerate(rows) if (ratio := r.ratio(name))]
         left = [i - 0.4 + width * (n + 1.5) for i, _ in speeds]
         ax.bar(left, [speed for _, speed in speeds], width, label=name)
     ceilings = [r.speed(r.bound.seconds) for r in rows]
-    ax.plot(list(at), ceilings, color="black", marker="_", markersize=14, lw=0.8, label="ceiling")
+    ax.plot(list(at), ceilings, color="grey", marker="_", markersize=14, lw=0.8, label="ceiling")
     dtypes = len({(r.dtype, r.operands) for r in rows}) > 1
     labels = [f"{r.shape} {short(r.dtype)}" if dtypes else r.shape for r in rows]
     ax.set_xticks(list(at), labels, rotation=45, ha="right", fontsize=8)
