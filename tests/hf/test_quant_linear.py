@@ -9,7 +9,7 @@ from torch import nn
 from tests.models.zoo import tiny
 from tlk.errors import UnsupportedError
 from tlk.hf.binding import bind
-from tlk.hf.quant_linear import QuantLinear, quantized_like
+from tlk.hf.quant_linear import quantized_like
 from tlk.optimize import optimize
 from tlk.quant.fp8 import Fp8
 from tlk.quant.int4 import Int4

@@ -62,7 +62,7 @@ def test_what_does_not_fit_stays_and_is_reported():
     kept = tlk.report(model).kept
     assert set(kept) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     assert "not divisible by 32" in next(iter(kept.values()))
-    with pytest.raises(UnsupportedError, match="down_proj.*not divisible"):
+    with pytest.raises(UnsupportedError, match=r"down_proj.*not divisible"):
         tlk.optimize(tiny("llama", **sizes), quantization=INT4, strict=True)
 
 

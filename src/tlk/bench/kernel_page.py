@@ -75,7 +75,11 @@ def _draw(ax: Any, rows: Sequence[Row]) -> None:
     width = 0.8 / (1 + len(names))
     at = range(len(rows))
     ax.bar(
-        [i - 0.4 + width / 2 for i in at], [r.speed() for r in rows], width, label="tlk", color="black"
+        [i - 0.4 + width / 2 for i in at],
+        [r.speed() for r in rows],
+        width,
+        label="tlk",
+        color="black",
     )
     for n, name in enumerate(names):
         speeds = [(i, r.speed() / ratio) for i, r in enumerate(rows) if (ratio := r.ratio(name))]

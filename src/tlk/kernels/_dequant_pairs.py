@@ -202,9 +202,9 @@ def _less(pairs, zero, KIND: tl.constexpr, DTYPE: tl.constexpr):
             pairs, tl.full(pairs.shape, one, tl.int32), tl.full(pairs.shape, minus, tl.int32), HALF
         )
     elif KIND == "int8" and HALF:
-        minus: tl.constexpr = -0x1B7F1B80  # -1152, -1152
+        middle: tl.constexpr = -0x1B7F1B80  # -1152, -1152
         return _fma(
-            pairs, tl.full(pairs.shape, one, tl.int32), tl.full(pairs.shape, minus, tl.int32), HALF
+            pairs, tl.full(pairs.shape, one, tl.int32), tl.full(pairs.shape, middle, tl.int32), HALF
         )
     else:
         return pairs
@@ -213,10 +213,8 @@ def _less(pairs, zero, KIND: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _minus(zero, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """What `_less` adds for stored zero points: they and the offset of `_pairs`, negative."""
-    if KIND == "int4":
-        offset: tl.constexpr = 16.0
-    else:
-        offset: tl.constexpr = 1152.0 if tl.float16 == DTYPE else 0.0
+    of_bytes: tl.constexpr = 1152.0 if tl.float16 == DTYPE else 0.0
+    offset: tl.constexpr = 16.0 if KIND == "int4" else of_bytes
     return _number_pair(-(zero.to(tl.float32) + offset), DTYPE)
 
 

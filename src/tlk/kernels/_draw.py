@@ -56,7 +56,7 @@ def draw_reference(
     searching = candidates.any(-1)
     for round in count():
         if not searching.any():
-            return tokens
+            break
         mass = (weight * F.pad(candidates, rest)).view(rows, steps, lanes).sum(1)
         noise = numbered_gumbel_reference(seeds, offsets, lane_numbers, 2 * round + 1)
         lane = (mass.log().float() + noise).argmax(-1, keepdim=True)
@@ -67,6 +67,7 @@ def draw_reference(
         value = x.gather(-1, tokens[:, None])
         searching = searching & (value[:, 0] < threshold)
         candidates = (x > value) & (x >= floor[:, None])
+    return tokens
 
 
 @triton.jit
