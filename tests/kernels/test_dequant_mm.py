@@ -1,4 +1,5 @@
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_scales_of_another_dtype(config, group, device):
         check_launch(config, rows_of_mixed_scale((3, 256), device, BF16), w)
 
 
+def test_blocks_of_fp8(device):
+    """Rows and inputs of two blocks, the second one not full."""
+    w = quantized("fp8", 150, 192, 128, BF16, device)
+    actual = dequantize(w.weight, w.scale, dtype=BF16, **options(w))
+    assert torch.equal(actual, decode(w).to(BF16))
+    x = rows_of_mixed_scale((2, 192), device, BF16)
+    for config in (mma(2, 2, 2, 1), wide(1), {**SUMS, "meta": SUMS["meta"] | {"RUN": 128}}):
+        check_launch(config, x, w)
+
+
 @pytest.mark.parametrize("splits, group_n", [(1, 2), (3, 1)])
 def test_splits_and_grouped_order(splits, group_n, device):
     w = quantized("int4 asymmetric", 140, 384, 128, BF16, device)
@@ -214,6 +225,10 @@ def test_rows_that_no_words_fit(device):
     wide_w = quantized("int4", 30, 256, 128, BF16, device)
     shifted = torch.empty(30, 136, dtype=torch.uint8, device=device)[:, 3:131]
     shifted.copy_(wide_w.weight)
+    for start, kernel in ((3, "sums"), (16, "mma")):
+        rows = torch.empty(30, 160, dtype=torch.uint8, device=device)[:, start : start + 128]
+        x = torch.empty(3, 256, device=device, dtype=BF16)
+        assert configs.choose(x, replace(wide_w, weight=rows), None)["kernel"] == kernel
     x = rows_of_mixed_scale((3, 256), device, BF16)
     for m in (3, 1):
         actual = dequant_mm(x[:m], shifted, wide_w.scale, **options(wide_w))

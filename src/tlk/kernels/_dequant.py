@@ -207,20 +207,22 @@ def _group_scale(
 
 @triton.jit
 def _values(
-    w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, in_run, mask, groups,
+    w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, in_run, groups,
     KIND: tl.constexpr, WHOLE_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """float32 values of bytes `w` [..., runs, bytes], int32: of low halves and of high ones, or twice all.
 
-    A run is a group's bytes. `row` and `run` have one byte in the last dimension, and `in_run` is their
-    mask; `mask` is that of the bytes.
+    A run is a group's bytes. `row`, `run` and their mask `in_run` have no dimension of bytes: spread over
+    bytes, every byte would load its scale.
     """
     group = run * 0 if WHOLE_ROWS else run
-    in_scale = in_run & (row >= 0)
-    s = _group_scale(scale_ptr, global_ptr, row, group, in_scale, groups, KIND, BLOCKS)
+    mask = in_run & (row >= 0)
+    s = _group_scale(scale_ptr, global_ptr, row, group, mask, groups, KIND, BLOCKS)
+    s = tl.expand_dims(s, -1)
     z = 8.0 if KIND == "int4" else 0.0
     if zero_ptr is not None:
-        z = tl.load(zero_ptr + row * groups + group, in_scale, other=0).to(tl.float32)
+        z = tl.load(zero_ptr + row * groups + group, mask, other=0).to(tl.float32)
+        z = tl.expand_dims(z, -1)
     if KIND == "fp8":
         value = _e4m3(w) * s
         return value, value
@@ -230,8 +232,14 @@ def _values(
     elif KIND == "int4":
         return (_small_int(w & 15) - z) * s, (_small_int(w >> 4) - z) * s
     elif KIND == "table4":
-        low = tl.load(table_ptr + (w & 15), mask & (row >= 0), other=0.0)
-        high = tl.load(table_ptr + (w >> 4), mask & (row >= 0), other=0.0)
-        return low * s, high * s
+        return _looked_up_wide(table_ptr, w & 15) * s, _looked_up_wide(table_ptr, w >> 4) * s
     else:
         return _e2m1(w & 15) * s, _e2m1(w >> 4) * s
+
+
+@triton.jit
+def _looked_up_wide(table_ptr, code):
+    """The float32 entries of a table of 16."""
+    table = tl.load(table_ptr + tl.arange(0, 16))
+    found = tl.gather(table, tl.reshape(code, (code.numel,)), 0)
+    return tl.reshape(found, code.shape)

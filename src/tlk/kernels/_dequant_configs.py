@@ -93,6 +93,8 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
         rows, tiles = (2, 1) if tall else (1, 2)
     else:
         tiles = 4 if tall and block_m < 4 else 2
+    if halves(kind) == 1 and group < dims[1]:
+        tiles //= 2  # each tile loads scales
     if words == 2:  # the table is what costs: its registers leave room for few programs
         tiles *= 2
         if block_m < 8 and n < 128 * processors:

@@ -33,19 +33,19 @@ def _sums_kernel(
     width = K // HALVES
     acc = tl.zeros((BLOCK_M, BLOCK_N, RUNS, RUN), tl.float32)
     for start in range(0, width, RUNS * RUN):
-        run = start // RUN + tl.arange(0, RUNS)[None, None, :, None]
-        byte = run * RUN + tl.arange(0, RUN)
+        run = start // RUN + tl.arange(0, RUNS)[None, None, :]
+        byte = run[:, :, :, None] * RUN + tl.arange(0, RUN)
         mask = byte < width
         in_x = mask & (m < M)[:, None, None, None]
         w = tl.load(w_ptr + row[None, :, None, None] * stride_w + byte, mask, other=0)
         low, high = _values(
-            w.to(tl.int32), scale_ptr, zero_ptr, table_ptr, global_ptr, row[None, :, None, None], run,
-            run * RUN < width, mask, groups, KIND, WHOLE_ROWS, BLOCKS,
+            w.to(tl.int32), scale_ptr, zero_ptr, table_ptr, global_ptr, row[None, :, None], run,
+            run * RUN < width, groups, KIND, WHOLE_ROWS, BLOCKS,
         )  # fmt: skip
         if HALVES == 1:
             acc += tl.load(x_rows + byte, in_x, other=0.0).to(tl.float32) * low
         else:
-            k = byte if WHOLE_ROWS else byte + run * RUN
+            k = byte if WHOLE_ROWS else byte + run[:, :, :, None] * RUN
             acc += tl.load(x_rows + k, in_x, other=0.0).to(tl.float32) * low
             k += width if WHOLE_ROWS else RUN
             acc += tl.load(x_rows + k, in_x, other=0.0).to(tl.float32) * high

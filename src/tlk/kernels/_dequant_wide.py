@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tlk.kernels._dequant import Quantized, as_bytes, halves
 from tlk.kernels._dequant_pairs import _decoded, _minus, _scale_pair, _stored_scale, _table
+from tlk.kernels._device import sm
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._linear import _store_outputs, _weight_rows
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
@@ -37,6 +38,8 @@ def _order_kernel(
         k = byte + i % 8
     elif GROUP == 0:
         k = byte + i // 64 % 2 * half + i % 8
+    elif GROUP == 8:
+        k = byte * 2 + i // 64 % 2 * 8 + i % 8
     else:
         k = byte // GROUP * (2 * GROUP) + byte % GROUP + i // 64 % 2 * half + i % 8
     if norm_ptr is not None:
@@ -67,7 +70,7 @@ def _wide_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, bias_ptr, residual_ptr, y_ptr,
     M, N, WIDTH, groups, split_bytes, stride_x, stride_w, stride_residual,
     KIND: tl.constexpr, GROUP: tl.constexpr, LATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr, WGMMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, SPLITS: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -130,9 +133,11 @@ def _wide_kernel(
         a = _decoded(tl.reshape(w, (RUNS, 2, 2)), minus, factor, table, KIND, DTYPE)
         a = tl.reshape(a, (BLOCK_N // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2, HALVES))
         a = tl.reshape(tl.permute(a, (0, 2, 1, 3, 9, 8, 5, 6, 4, 7)), (BLOCK_N, 64 * HALVES))
-        # A use of the sums here makes the compiler wait for them. Triton 3.6 to 3.7 lets the instructions of
-        # a step run on while the next one decodes into the registers that they read: wrong on an H100.
-        acc = tl.where(end > 0, tl.dot(a, tl.trans(x), acc), 0.0)
+        acc = tl.dot(a, tl.trans(x), acc)
+        if WGMMA:
+            # A use of the sums makes the compiler wait for them. Triton 3.6 and 3.7 else let the instructions
+            # of a step run on while the next one decodes into registers that they read: wrong on an H100.
+            acc = tl.where(end > 0, acc, 0.0)
         if GROUP > 0:
             stored = stored_next
         if zero_ptr is not None:
@@ -223,6 +228,7 @@ def launch_wide(
         bias, residual, out,
         m, n, width, w.scale.shape[1], split_bytes, x.stride(0), w.weight.stride(0), stride_residual,
         w.kind, 0 if w.whole_rows else w.group_size // halves(w.kind), late, *flags, width % 64 == 0,
+        sm(x.device) == 90,
         **meta, num_warps=meta["WARPS"], launch_pdl=dependent,
     )  # fmt: skip
     if splits > 1:

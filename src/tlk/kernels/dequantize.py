@@ -98,15 +98,17 @@ def _dequantize_kernel(
     """ROWS rows, of each RUNS runs of bytes: those of a group, or just some where rows are whole."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     blocks = tl.cdiv(WIDTH, RUN * RUNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    run = tl.program_id(0) % blocks * RUNS + tl.arange(0, RUNS)[None, :, None]
-    byte = run * RUN + tl.arange(0, RUN)
-    mask = (row < N) & (byte < WIDTH)
-    w = tl.load(w_ptr + row * stride_w + byte, mask, other=0).to(tl.int32)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    run = tl.program_id(0) % blocks * RUNS + tl.arange(0, RUNS)[None, :]
+    byte = run[:, :, None] * RUN + tl.arange(0, RUN)
+    in_run = (row < N) & (run * RUN < WIDTH)
+    mask = (row < N)[:, :, None] & (byte < WIDTH)
+    w = tl.load(w_ptr + row[:, :, None] * stride_w + byte, mask, other=0).to(tl.int32)
     low, high = _values(
-        w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, (row < N) & (run * RUN < WIDTH), mask,
-        groups, KIND, WHOLE_ROWS, BLOCKS,
+        w, scale_ptr, zero_ptr, table_ptr, global_ptr, row, run, in_run, groups,
+        KIND, WHOLE_ROWS, BLOCKS,
     )  # fmt: skip
+    row, run = row[:, :, None], run[:, :, None]
     if KIND == "int8" or KIND == "fp8":
         tl.store(out_ptr + row * WIDTH + byte, low.to(DTYPE), mask)
     else:
@@ -132,18 +134,26 @@ def _unnest_kernel(
     code_ptr, absmax_ptr, start_ptr, map_ptr, offset_ptr, out_ptr, N, groups, stride_absmax,
     PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scales of ROWS rows, BLOCK of each: map[code] · absmax of 256 of them + offset."""
+    """Scales of ROWS rows, BLOCK ≤ 256 of each: map[code] · absmax of 256 of them + offset."""
     allow_next(PDL)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    group = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    mask = (row < N) & (group < groups)
-    code = tl.load(code_ptr + row * groups + group, mask, other=0).to(tl.int32)
-    block = (tl.load(start_ptr + row, row < N, other=0) + group) // 256
-    absmax = tl.load(absmax_ptr + row * stride_absmax + block, mask, other=0.0)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(start_ptr + row, row < N, other=0)
     offset = tl.load(offset_ptr + row, row < N, other=0.0)
-    scale = tl.load(map_ptr + code, mask, other=0.0) * absmax + offset
+    # so few scales lie in one block, or in one and the next
+    first = (start + tl.program_id(1) * BLOCK) // 256
+    last = (start + tl.minimum(tl.program_id(1) * BLOCK + BLOCK, groups) - 1) // 256
+    low = tl.load(absmax_ptr + row * stride_absmax + first, row < N, other=0.0)
+    high = tl.load(absmax_ptr + row * stride_absmax + last, row < N, other=0.0)
+    block = (start[:, None] + group[None, :]) // 256
+    absmax = tl.where(block == first[:, None], low[:, None], high[:, None])
+    mask = (row < N)[:, None] & (group < groups)[None, :]
+    at = row[:, None] * groups + group[None, :]
+    code = tl.load(code_ptr + at, mask, other=0).to(tl.int32)
+    values = tl.load(map_ptr + tl.arange(0, 256))
+    inner = tl.reshape(tl.gather(values, tl.reshape(code, (ROWS * BLOCK,)), 0), (ROWS, BLOCK))
     wait_for_previous(PDL)
-    tl.store(out_ptr + row * groups + group, scale, mask)
+    tl.store(out_ptr + at, inner * absmax + offset[:, None], mask)
 
 
 def unnested(w: Quantized) -> Quantized:
