@@ -1,4 +1,4 @@
-"""Benchmarks of dequant_mm and dequantize: `pytest bench/bench_dequant_mm.py`."""
+"""Benchmarks of dequant_mm: `pytest bench/bench_dequant_mm.py`."""
 
 import pytest
 

@@ -86,21 +86,6 @@ def check_launch(config, x, w, bias=None, activation=None, residual=None, gated=
     check(y, plain(*args), exact(*args))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name, group", ALL, ids=IDS)
-def test_dequantize(name, group, dtype, device):
-    w = quantized(name, 37, size(group), group, dtype, device)
-    actual = dequantize(w.weight, w.scale, dtype=dtype, **options(w))
-    assert torch.equal(actual, decode(w).to(dtype))
-
-
-@pytest.mark.parametrize("name, group", ALL, ids=IDS)
-def test_the_reference_decodes_as_the_formats_say(name, group):
-    w = quantized(name, 37, size(group), group, BF16)
-    actual = dequantize(w.weight, w.scale, dtype=torch.float32, **options(w))
-    assert torch.equal(actual, decode(w))
-
-
 @pytest.mark.parametrize("m, dtype", [(1, BF16), (3, torch.float16), (16, BF16)])
 @pytest.mark.parametrize("name, group", ALL, ids=IDS)
 def test_few_rows(name, group, m, dtype, device):
@@ -425,9 +410,3 @@ def test_bad_input(name, group, changes, error, message):
     args |= options(w) | changes
     with pytest.raises(error, match=message):
         dequant_mm(**args)
-
-
-def test_bad_dtype_of_dequantize():
-    w = quantized("int4", 32, 192, 64, BF16)
-    with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16"):
-        dequantize(w.weight, w.scale, dtype=torch.float64, **options(w))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
 from tlk.kernels.dequant_mm import dequant_mm, dequant_mm_reference
-from tlk.kernels.dequantize import dequantize, dequantize_reference
 from tlk.quant.table4 import NF4
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
@@ -78,7 +77,7 @@ def weight_bytes(variant: str, n: int, k: int, itemsize: int) -> int:
     return codes + n * (k // (group or k)) * scale
 
 
-def _options(stored: tuple[Any, ...]) -> dict[str, Any]:
+def options_of(stored: tuple[Any, ...]) -> dict[str, Any]:
     """What `weight` returned, without the codes and their scale, as the functions' keywords."""
     _, _, zero, table, global_scale, nested, kind, group = stored
     return {
@@ -99,7 +98,7 @@ def _call(
     *stored: Any,
     **options: Any,
 ) -> Tensor:
-    options |= _options(stored) | {"nested": tuple(stored[5]) or None}
+    options |= options_of(stored) | {"nested": tuple(stored[5]) or None}
     return dequant_mm(
         x, stored[0], stored[1], bias=bias, residual=residual, norm_weight=norm_weight, **options
     )
@@ -113,7 +112,7 @@ def _reference(
     *stored: Any,
     **options: Any,
 ) -> Tensor:
-    options |= _options(stored)
+    options |= options_of(stored)
     return dequant_mm_reference(
         x, stored[0], stored[1], bias=bias, residual=residual, norm_weight=norm_weight, **options
     )
@@ -152,27 +151,6 @@ def _case(
     )
 
 
-def _dequantize_case(variant: str, n: int, k: int) -> Case:
-    def inputs(new: Inputs) -> tuple[Any, ...]:
-        return new.dtype, *weight(new, variant, n, k)
-
-    def run(dtype: torch.dtype, *stored: Any) -> Tensor:
-        options = _options(stored) | {"nested": tuple(stored[5]) or None}
-        return dequantize(stored[0], stored[1], dtype=dtype, **options)
-
-    def reference(dtype: torch.dtype, *stored: Any) -> Tensor:
-        return dequantize_reference(stored[0], stored[1], dtype=dtype, **_options(stored))
-
-    return Case(
-        "dequantize",
-        f"{variant}-N{n}-K{k}",
-        inputs,
-        run,
-        lambda size: weight_bytes(variant, n, k, size) + n * k * size,
-        reference,
-    )
-
-
 CASES = (
     *(
         _case(v, m, n, k)
@@ -192,8 +170,4 @@ CASES = (
     *(_case("int4", m, 4096, 14336, extras="bias residual") for m in (1, 64)),
     *(_case(v, 1, 2048, 2048, dtypes=(torch.float32,)) for v in ("int4", "nf4-nested", "nv4")),
     *(_case(v, 9, 1024, 2048, dtypes=FLOATS) for v in ("int8-asymmetric", "fp8-block", "mx4")),
-    *(
-        _dequantize_case(v, 6144, 4096)
-        for v in ("int4", "int4-channel", "int8", "nf4-nested", "mx4", "nv4", "fp8-block")
-    ),
 )
