@@ -80,7 +80,8 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
 
     Where W is tall, more programs of 4 warps; else 8 warps share rows of W, and each has half as far to go.
     """
-    n, _, group = dims
+    n, k, group = dims
+    grouped_bytes = halves(kind) == 1 and group < k
     block_m = next_power_of_2(min(m, 16))
     tall = n >= 40 * processors
     words = 2 if kind == "table4" and group == 64 else 4
@@ -93,14 +94,20 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
         rows, tiles = (2, 1) if tall else (1, 2)
     else:
         tiles = 4 if tall and block_m < 4 else 2
-    if halves(kind) == 1 and group < dims[1]:
-        tiles //= 2  # each tile loads scales
+    if grouped_bytes:  # each tile loads scales
+        warps, tiles = 4 if tall else 8, max(tiles // 2, 1)
     if words == 2:  # the table is what costs: its registers leave room for few programs
         tiles *= 2
         if block_m < 8 and n < 128 * processors:
             warps, tiles = 4, 8
+    return _mma(block_m, rows, warps, tiles, words, warps == 4 or grouped_bytes)
+
+
+def _mma(
+    block_m: int, rows: int, warps: int, tiles: int, words: int, all_registers: bool
+) -> Config:
     meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles, "WORDS": words}
-    if warps == 4:  # ptxas of Triton 3.6 else aims for 168 registers and spills
+    if all_registers:  # ptxas else aims for more programs an SM, and spills
         meta["maxnreg"] = 255
     return {"backend": "triton", "kernel": "mma", "meta": meta}
 
@@ -114,7 +121,10 @@ def wide_config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
     splits, programs = 1, cdiv(n, block_n) * cdiv(m, block_m)
     while splits < 4 and 2 * splits * programs <= 2 * processors and k // splits >= 2048:
         splits *= 2
-    stages = 3 if arch in (80, 90, 100) else 2
+    return _wide(block_m, block_n, warps, splits, 3 if arch in (80, 90, 100) else 2)
+
+
+def _wide(block_m: int, block_n: int, warps: int, splits: int, stages: int) -> Config:
     meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_N": 1, "SPLITS": splits}
     meta |= {"WARPS": warps, "STAGES": stages}
     return {"backend": "triton", "kernel": "wide", "meta": meta}
@@ -139,23 +149,20 @@ def candidates(
 ) -> list[Config]:
     """What may be fastest for `running` rows of x and a weight of `dims` (N, K, G)."""
     found: list[Config] = []
-    group = dims[2]
+    k, group = dims[1:]
     if arch < 80 or dtype == torch.float32:
         return found
+    top = next_power_of_2(running)
     if running <= 2 * FEW_ROWS:
-        block_m = next_power_of_2(running)
         widths = (2, 4) if kind == "table4" and group == 64 else (4,)
         for words, rows, warps, tiles in product(widths, (1, 2), (4, 8), (1, 2, 4, 8)):
-            if tiles * rows * max(block_m // 8, 1) * words <= 64:
-                meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles}
-                meta |= {"WORDS": words}
-                found.append({"backend": "triton", "kernel": "mma", "meta": meta})
+            if tiles * rows * words * max(top // 8, 1) <= 32:
+                all_registers = warps == 4 or (halves(kind) == 1 and group < k)
+                found.append(_mma(top, rows, warps, tiles, words, all_registers))
     if running >= FEW_ROWS:
+        heights = sorted({min(max(height, 16), 128) for height in (top, top // 2, min(top, 64))})
         for block_m, (block_n, warps), splits, stages in product(
-            (16, 32, 64, 128, 256), ((64, 4), (128, 8)), (1, 2, 4), (3, 4)
+            heights, ((64, 4), (128, 8)), (1, 2, 4), (3, 4)
         ):
-            if block_m < 2 * running <= 4 * max(block_m, 64 if block_m < 256 else running):
-                meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_N": 1, "SPLITS": splits}
-                meta |= {"WARPS": warps, "STAGES": stages}
-                found.append({"backend": "triton", "kernel": "wide", "meta": meta})
+            found.append(_wide(block_m, block_n, warps, splits, stages))
     return [*found, CUBLAS]

@@ -3,7 +3,15 @@
     y = act(h Wᵀ + b) + residual                   h = x or rms_norm(x), W dequantized
     y = act(h Gᵀ + b₁) · (h Uᵀ + b₂)               gated: W = [G; U]
 
-For many rows the weight is dequantized once and cuBLAS multiplies; sums are float32 throughout.
+What runs, by the rows M of x (_dequant_configs.py; tables of measured configurations come first):
+
+- M ≤ 16 ("mma", _dequant_linear.py): codes are decoded in the registers that tensor cores read.
+- M < 1024 ("wide", _dequant_wide.py): the same from wgmma's side, with x in the order of the codes.
+- more: the weight is dequantized once and cuBLAS multiplies.
+- "sums" (_dequant_sums.py) for M ≤ 16 in float32, below sm_80, and for rows that no words of 16 bytes fit.
+
+Sums are float32. Scales multiply them there where a group fills a lane's tile; else codes times scales are
+rounded to x's dtype, as a dequantized weight is. The result is the same on every run.
 
 Cost: the packed weight is read once for few rows; 2·M·N·K flops for many.
 """
@@ -159,13 +167,26 @@ def _dequant_mm(
         return y
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps, weight_offset=weight_offset)
-    dense = dequantize_unchecked(w, x.dtype)
+    return _dense(x, w, bias, activation, residual, gated, backend)
+
+
+def _dense(
+    x: Tensor,
+    w: Quantized,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gated: bool,
+    backend: str | None,
+) -> Tensor:
+    """The weight in full for cuBLAS, or for the kernel that is the same for any number of rows."""
+    weight = dequantize_unchecked(w, x.dtype)
     product = "invariant" if backend == "invariant" else "cublas"
     if not gated:
         return matmul(
-            x, dense, bias, activation=activation, residual=residual, backend=product
+            x, weight, bias, activation=activation, residual=residual, backend=product
         )  # fmt: skip
-    y = matmul(x, dense, bias, backend=product)
+    y = matmul(x, weight, bias, backend=product)
     if activation == "silu":
         return silu_and_mul(y)
     return gelu_and_mul(y, approximate="none" if activation == "gelu" else "tanh")
