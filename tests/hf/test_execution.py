@@ -35,7 +35,7 @@ def test_decode_in_generate_examines_nothing(monkeypatch):
 def test_a_refusal_is_not_tried_again_at_every_call(monkeypatch):
     tries = []
     binds = execution.bind
-    monkeypatch.setattr(execution, "bind", lambda model: tries.append(model) or binds(model))
+    monkeypatch.setattr(execution, "bind", lambda *a: tries.append(a) or binds(*a))
     state, model = Execution(), tiny("llama").double()
     for _ in range(2):
         with pytest.raises(Inexpressible, match="float64"):

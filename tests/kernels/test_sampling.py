@@ -152,7 +152,7 @@ def test_kernel_draws_every_kept_token_and_no_other(device, small_tiles):
     threshold = threshold_reference(logits[:1].cpu(), *(a[:1].cpu() for a in args[:4]))
     kept = (logits[0].cpu() >= threshold).nonzero().flatten().tolist()
     assert len(kept) == 7  # by top-p; top-k alone keeps 9
-    assert sorted(set(sample(logits, *args)[0].tolist())) == kept
+    assert sorted(set(agrees(logits, args).tolist())) == kept
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -163,6 +163,11 @@ def test_refused_tokens_are_drawn_again(parts, device, small_tiles, monkeypatch)
     agrees(
         logits, requests([(3.0, 0, 0.05, 0.0), (1.0, 0, 0.3, 0.0), (9.0, 0, 1.0, 0.8)] * 4, device)
     )
+
+
+def test_what_min_p_refuses_does_not_come_again(device):
+    logits = torch.randn(8, 5000, device=device)
+    agrees(logits, requests([(9.0, 0, 1.0, 0.8)] * 8, device, seed=1))
 
 
 def test_tokens_do_not_depend_on_the_batch(device, small_tiles):
