@@ -15,16 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tlk.errors import UnsupportedError
-from tlk.hf.hub import read_config, snapshot
+from tlk.hf.hub import QUANTIZATION, read_config, read_quantization, snapshot
 from tlk.hf.quant_linear import QuantLinear, quantized_like
 from tlk.hf.quantized_checkpoint import SHARD, QuantizedModel, save_quantized
 from tlk.hf.weights import load_decoder
 from tlk.models.decoder import Decoder, linears
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.format import Dense, rows
-
-SOURCES = ("quantization_config",)
-"""Fields of config.json that say how the file is stored, and that no model in memory has."""
 
 
 def load_quantized(
@@ -49,7 +46,7 @@ def load_quantized(
         )
     folder = snapshot(str(path))
     config = AutoConfig.from_pretrained(folder)
-    stored = {name: config.__dict__.pop(name) for name in SOURCES if name in config.__dict__}
+    stored = {name: config.__dict__.pop(name) for name in QUANTIZATION if name in config.__dict__}
     wanted = dtype if dtype is not None else torch_dtype
     loaded = load_decoder(str(folder), dtype=wanted, device=_device(device_map))
     config.dtype = loaded.dtype
@@ -68,11 +65,7 @@ def load_quantized(
 def is_quantized(path: Any) -> bool:
     """Whether the checkpoint at `path` says that its weights are quantized."""
     folder = snapshot(str(path))
-    if "quantization_config" in read_config(folder):
-        return True
-    return any(
-        (folder / name).is_file() for name in ("hf_quant_config.json", "quantize_config.json")
-    )
+    return read_quantization(folder, read_config(folder)) is not None
 
 
 @torch.no_grad()
