@@ -33,10 +33,12 @@ from tlk.errors import CapacityError, EngineError
 from tlk.hf import generate as generate_module
 from tlk.hf.execution import LOOP, ORIGINAL, RUNTIME
 from tlk.hf.generate import Limits, NeedsLoop, Wanted, longest, plan
+from tlk.kernels.paged_attention import preferred_page_size
 from tlk.models.families import FAMILIES
 from tlk.runtime.engine import Update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = preferred_page_size(torch.device(DEVICE))
 FIELDS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 7},
@@ -630,7 +632,7 @@ def test_limits_are_those_of_optimize():
     agree(pair, prompts(5))  # three of them wait
     engine = engine_of(model)
     assert engine.options.max_num_seqs == 2 and engine.max_model_len == 300
-    assert tlk.report(model).runtime["kv_cache_bytes"] == 2 * 304 * 512
+    assert tlk.report(model).runtime["kv_cache_bytes"] == 2 * -(-300 // PAGE) * PAGE * 512
     tlk.optimize(model, max_num_seqs=2, max_model_len=300)
     assert engine_of(model) is engine
     copied = copy.deepcopy(model)
@@ -756,9 +758,12 @@ def test_a_pool_that_does_not_fit_is_refused(models, monkeypatch):
     pair = models()
     pair[1]._execution.free()
     with monkeypatch.context() as patch:
-        patch.setattr(generate_module.Runtime, "_room", lambda self: 2 * 16 * 512)
-        with pytest.raises(CapacityError, match=r"41 tokens, 20992 bytes .* room for 16384"):
-            pair[1].generate(**prompts(1, paddings=()), max_new_tokens=30)
+        room = 2 * PAGE * 512
+        patch.setattr(generate_module.Runtime, "_room", lambda self: room)
+        tokens = 2 * PAGE + 9
+        message = rf"{tokens} tokens, {tokens * 512} bytes .* room for {room}"
+        with pytest.raises(CapacityError, match=message):
+            pair[1].generate(**prompts(1, tokens - 30, paddings=()), max_new_tokens=30)
         agree(pair, prompts(3, paddings=()), max_new_tokens=20)  # one after the other
     pair[1]._execution.free()
 

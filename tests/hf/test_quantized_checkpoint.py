@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import tests.models.zoo as zoo
 from tlk.errors import UnsupportedError
@@ -113,6 +113,8 @@ def check_transformers(out, expected, original, name):
         name == "int4-awq"
     ):  # it does not load zero points that are packed, unless it is to dequantize
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    elif config["quant_method"] == "fp8":  # else it keeps the codes where there is a GPU
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that dequantize overrides the file's config
         model = AutoModelForCausalLM.from_pretrained(

@@ -22,7 +22,7 @@ def mixed(tokens, sequences):
 
 def graphs(max_num_seqs=40, budget=64):
     shapes = decode_shapes(max_num_seqs, PAGES, SHORT)
-    return Graphs(never, shapes + mixed_shapes(max_num_seqs, budget, PAGES))
+    return Graphs(shapes + mixed_shapes(max_num_seqs, budget, PAGES))
 
 
 def test_batch_sizes():
@@ -76,13 +76,13 @@ def test_the_largest_comes_first():
 
 
 def test_a_shape_for_which_there_is_no_memory_is_given_up(monkeypatch):
-    def full(self, shape):
+    def full(self, shape, forward):
         raise torch.OutOfMemoryError("no memory")
 
     g = graphs()
     monkeypatch.setattr(Graphs, "_capture", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert not g.capture(decode(4))
+    assert not g.capture(decode(4), never)
     assert g.dropped == [decode(4)]
     assert g.shape_for(decode(3)) == decode(8)
 
@@ -94,9 +94,9 @@ def test_a_graph_reads_what_lies_in_its_inputs_now():
     def forward(shape):
         return Outputs(x[: shape.tokens] + 1, x[: shape.logit_rows] * 2)
 
-    g = Graphs(forward, [decode(2), decode(8)])
+    g = Graphs([decode(2), decode(8)])
     for shape in g.shapes:
-        assert g.capture(shape)
+        assert g.capture(shape, forward)
     for value in (3.0, 5.0):
         x.fill_(value)
         hidden, logits = g.replay(decode(2))

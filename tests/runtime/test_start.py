@@ -13,7 +13,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 def started(progress=False, **options):
-    small = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 16}
     runner = Runner(twin(decoder()), EngineOptions(**(small | options)))
     return runner, start(runner, progress=progress)
 

@@ -53,7 +53,8 @@ def scale_reference(h: Tensor, dtype: torch.dtype, group_size: int | None) -> Te
         short = -h.shape[-1] % group_size
         h = torch.nn.functional.pad(h, (0, short)).unflatten(-1, (-1, group_size))
     largest = h.abs().amax(-1, keepdim=group_size is None)
-    scale = largest / LARGEST[dtype]
+    # by a tensor: a GPU multiplies by the inverse of a Python number
+    scale = largest / largest.new_full((), LARGEST[dtype])
     scale = torch.where(scale < SMALLEST, SMALLEST, scale)  # and not a clamp: a NaN stays
     return torch.where(largest == 0, 1.0, scale)
 

@@ -9,6 +9,7 @@ kernels one by one. All graphs share one memory pool, because only one runs at a
 
 import gc
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,12 @@ from torch import Tensor
 
 FEW_SEQUENCES = 16
 MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps a workspace (32 MiB on sm_90) for each one it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Shape(NamedTuple):
@@ -69,10 +76,9 @@ def mixed_shapes(max_num_seqs: int, max_tokens: int, pages: int) -> list[Shape]:
 
 
 class Graphs:
-    """Captured steps of `forward` by shape, captured when they are asked for."""
+    """Captured steps by shape, captured when they are asked for."""
 
-    def __init__(self, forward: Callable[[Shape], Outputs], shapes: Iterable[Shape]) -> None:
-        self._forward = forward
+    def __init__(self, shapes: Iterable[Shape]) -> None:
         self._shapes = sorted(shapes, key=lambda s: (s.max_q > 1, s.tokens, s.sequences, s.pages))
         self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool: Any = None
@@ -103,12 +109,12 @@ class Graphs:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def capture(self, shape: Shape) -> bool:
-        """Capture a shape; False if memory ran out, and the shape is given up."""
+    def capture(self, shape: Shape, forward: Callable[[Shape], Outputs]) -> bool:
+        """Capture `forward` of a shape; False if memory ran out, and the shape is given up."""
         if shape in self._captured:
             return True
         try:
-            self._captured[shape] = self._capture(shape)
+            self._captured[shape] = self._capture(shape, forward)
         except torch.OutOfMemoryError:
             self._shapes.remove(shape)
             self.dropped.append(shape)
@@ -117,19 +123,19 @@ class Graphs:
             return False
         return True
 
-    def _capture(self, shape: Shape) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    def _capture(
+        self, shape: Shape, forward: Callable[[Shape], Outputs]
+    ) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._forward(
-                shape
-            )  # kernels compile and libraries set themselves up outside the graph
+            forward(shape)  # kernels compile and libraries set themselves up outside the graph
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=side):
-            outputs = self._forward(shape)
+            outputs = forward(shape)
         return graph, outputs
 
     def replay(self, shape: Shape) -> Outputs:

@@ -69,6 +69,21 @@ class EngineOptions:
         return kv_dtype(self.kv_cache_dtype, model)
 
 
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the GPU if there is one; UnsupportedError for "cuda" without one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device}: tlk runs on cpu and cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device}: torch finds no GPU here, `tlk doctor` says why")
+    return chosen
+
+
 def check_kv_dtype(name: str) -> None:
     """Raise UnsupportedError unless kv_cache_dtype `name` has kernels."""
     if name != "auto" and name not in KV_DTYPES:

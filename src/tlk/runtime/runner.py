@@ -126,7 +126,7 @@ class Runner:
             short = (2 * LEAST_KEYS - 1) // self.page_size  # of which attention makes no splits
             shapes = decode_shapes(min(options.max_num_seqs, budget), self.max_pages, short)
             shapes += mixed_shapes(options.max_num_seqs, budget, self.max_pages)
-            self.graphs = Graphs(self.forward, shapes)
+            self.graphs = Graphs(shapes)
 
     @property
     def salt(self) -> bytes:
@@ -206,7 +206,7 @@ class Runner:
         if shape is not None and self.graphs is not None:
             self.inputs.host["ids"][step.tokens : shape.tokens] = 0
             self.inputs.send(shape.tokens)
-            if self.graphs.capture(shape):
+            if self.graphs.capture(shape, self.forward):
                 return self.graphs.replay(shape)
             return self._run(step, needs_hidden)  # memory ran out: the next larger one, or none
         self.inputs.send(step.tokens)

@@ -64,7 +64,7 @@ def start(runner: Runner, *, progress: bool = False) -> Started:
     if runner.graphs is not None and not options.lazy_graphs:
         with _timed(timings, "capture", False):
             runner.idle()
-            _capture(runner.graphs, progress)
+            _capture(runner.graphs, runner, progress)
         notices += [_dropped(shape) for shape in runner.graphs.dropped]
     ledger = MemoryLedger(
         weights=weights,
@@ -102,25 +102,25 @@ def _measure(runner: Runner, wanted: int) -> tuple[int, int]:
     graphs = 0
     if runner.graphs is not None:
         runner.idle()
-        graphs = _graph_bytes(runner.graphs, device)
+        graphs = _graph_bytes(runner.graphs, runner, device)
         runner.graphs.clear()
     spare = int(total * options.gpu_memory_utilization) - used - activations - graphs
     return activations, max(spare, 0)
 
 
-def _graph_bytes(graphs: Graphs, device: torch.device) -> int:
+def _graph_bytes(graphs: Graphs, runner: Runner, device: torch.device) -> int:
     """What all graphs will take, from the two largest."""
     shapes, taken = graphs.shapes, [used_bytes(device)]
     for shape in shapes[:2]:
-        graphs.capture(shape)
+        graphs.capture(shape, runner.forward)
         taken.append(used_bytes(device))
     more = max(taken[2] - taken[1], 0) if len(taken) > 2 else 0
     return max(taken[1] - taken[0], 0) + more * (len(shapes) - 1)
 
 
-def _capture(graphs: Graphs, progress: bool) -> None:
+def _capture(graphs: Graphs, runner: Runner, progress: bool) -> None:
     for shape in tqdm(graphs.shapes, "capturing graphs", disable=not progress, unit="graph"):
-        graphs.capture(shape)
+        graphs.capture(shape, runner.forward)
 
 
 def _dropped(shape: Shape) -> str:
