@@ -39,7 +39,7 @@ THIRD_PARTY = {
     "safetensors": {"hf"},
     "huggingface_hub": {"hf"},
     "torch.distributed": {"parallel.py"},
-    "matplotlib": {"bench/kernel_page.py"},  # an extra
+    "matplotlib": {"bench/kernel_page.py", "bench/kernel_plot.py"},  # an extra
     # measured if they are installed
     "flashinfer": {"bench/kernel_peers/flashinfer_peers.py"},
     "liger_kernel": {"bench/kernel_peers/liger_peers.py"},

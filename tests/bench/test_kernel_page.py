@@ -5,7 +5,7 @@ import pytest
 
 from tests.bench.rows import row
 from tlk.bench import kernel_page
-from tlk.bench.kernel_page import page, plot, require_plots, write_page
+from tlk.bench.kernel_page import page, require_plots, write_page
 from tlk.errors import UnsupportedError
 
 ABOUT = {
@@ -76,21 +76,6 @@ def test_the_page_says_it_all(tmp_path):
     assert "<td>80% of copy</td>" in text and "<td>45–55</td>" in text
     assert 'title="no such peer"' in text  # torch was measured at another shape only
     parsed(text)
-
-
-def test_panels_by_what_bounds_and_shapes_by_size(monkeypatch, tmp_path):
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the extra tlk[bench]")
-    drawn = {}
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **k: drawn.update(figure=self))
-    plot(
-        [*ROWS[2:], row("flash_attention_", "tiny", 3.0, {}, "TB/s", 2, nbytes=5)], "gpu", tmp_path
-    )
-    upper, lower = drawn["figure"].axes
-    assert [ax.get_ylabel() for ax in (upper, lower)] == ["TB/s", "TFLOP/s"]
-    assert [label.get_text() for label in upper.get_xticklabels()] == ["tiny", "short"]
-    assert [text.get_text() for text in lower.get_legend().get_texts()] == ["ceiling", "tlk", "fa3"]
-    (ceiling,) = lower.lines
-    assert ceiling.get_ydata()[0] == pytest.approx(1e11 / 800e-6 / 1e12)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):

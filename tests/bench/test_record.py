@@ -7,7 +7,17 @@ import pytest
 
 from tests.bench.rows import row
 from tlk.bench.goals import GOALS
-from tlk.bench.record import append, commit, committed, from_dict, gpu_slug, read, to_csv, to_dict
+from tlk.bench.record import (
+    append,
+    commit,
+    committed,
+    from_dict,
+    gpu_slug,
+    read,
+    to_csv,
+    to_dict,
+    together,
+)
 
 RUN = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "abc", "command": "tlk bench kernels"}
 
@@ -42,18 +52,29 @@ def test_a_row_from_json():
 def test_the_last_row_of_each_case_is_read(tmp_path):
     file = tmp_path / "h100.jsonl"
     about = {**RUN, "time": "t", "cpu": "c", "versions": {}, "limits": {}}
+    old = {**about, "commit": "old"}
     file.write_text('{"benchmark": "latency"}\n{"benchmark": "kernel", "op": "of an older kind"}\n')
-    append(file, [row(us=50), row(shape="T1")], {**about, "commit": "old"}, GOALS)
+    append(file, [row(us=50), row(shape="T1")], old, GOALS)
     append(file, [row(us=60)], about, GOALS)
-    rows, run = read(file)
-    assert [(r.shape, round(r.seconds.median * 1e6)) for r in rows] == [
-        ("T8192-N4096", 60),
-        ("T1", 50),
+    found = read(file)
+    assert [(r.shape, round(r.seconds.median * 1e6), run) for r, run in found] == [
+        ("T8192-N4096", 60, about),
+        ("T1", 50, old),
     ]
-    assert run == about
     file.write_text('{"benchmark": "latency"}\n')
     with pytest.raises(ValueError, match="has no line that"):
         read(file)
+
+
+def test_several_runs_as_one():
+    """Of the newest, but all the commits and commands that its rows come from."""
+    runs = [
+        {**RUN, "time": "2026-11-25T19", "commit": "b", "limits": 2},
+        {**RUN, "time": "2026-11-25T18", "commit": "a", "limits": 1},
+        {**RUN, "time": "2026-11-25T18", "commit": None, "limits": 1},
+    ]
+    assert together(runs) == {**runs[0], "commit": "b; a"}
+    assert together(runs[2:])["commit"] is None
 
 
 def test_rows_as_csv():

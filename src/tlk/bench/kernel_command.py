@@ -22,10 +22,10 @@ from tlk.bench.kernel_page import require_plots, write_page
 from tlk.bench.kernel_peers.peer import PEER_ERRORS, reason
 from tlk.bench.kernels import Bench, Row, WrongResultError, dtypes_of, name_of, small
 from tlk.bench.limits import Limits, kernel_limits
-from tlk.bench.record import append, commit, read, to_csv
+from tlk.bench.record import append, commit, read, to_csv, together
 from tlk.errors import UnsupportedError
 from tlk.kernels._device import sm
-from tlk.llm.load import pick_device
+from tlk.runtime.options import pick_device
 
 LINES = "kernels.jsonl"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -148,18 +148,20 @@ def _notes(rows: list[Row], about: dict[str, Any], limits: Limits) -> list[str]:
 
 def _show(chosen: KernelOptions, file: Path, ops: set[str]) -> int:
     """Print, and draw if that is wanted, what an earlier run measured."""
-    rows, about = read(file)
-    rows = [
-        row
-        for row in rows
+    found = [
+        (row, run)
+        for row, run in read(file)
         if (not chosen.names or row.op in ops) and re.search(chosen.pattern or "", str(row))
     ]
+    if not found:
+        raise ValueError(f"filter must match a row of {file}, got {chosen.pattern!r}")
+    rows, about = [row for row, _ in found], together([run for _, run in found])
     limits = Limits(**about["limits"])
     print(f"{about['gpu'] or about['cpu']}: {limits}", kernel_table.HEADER, sep="\n")
     for row in rows:
         print(kernel_table.line(row))
     _prepare(chosen)
-    refused = sum(_keep(chosen, row, about) for row in rows)
+    refused = sum(_keep(chosen, row, run) for row, run in found)
     _draw(chosen, rows, about, _notes(rows, about, limits))
     return 1 if refused else 0
 

@@ -1,23 +1,17 @@
-"""Kernel benchmarks as pictures: a plot for each op, and one page of HTML that holds them all.
-
-The bars of a plot are the speed of each implementation at each shape, smallest first, and the line is
-the ceiling that was measured in the same run. Rows that memory bounds and rows that the tensor cores
-bound have a panel each. Needs matplotlib: ``pip install 'tlk[bench]'``.
-"""
+"""Kernel benchmarks as pictures: a plot for each op, and one page of HTML that holds them all."""
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tlk.bench.kernel_plot import plot
 from tlk.bench.kernel_table import short, us
 from tlk.bench.kernels import Row
 from tlk.errors import UnsupportedError
 
-UNITS = ("TB/s", "TFLOP/s")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
@@ -46,53 +40,8 @@ def write_page(
     images = {}
     for op in dict.fromkeys(row.op for row in rows):
         images[op] = folder / f"{op.strip('_')}.png"
-        plot([row for row in rows if row.op == op], str(about["gpu"] or about["cpu"]), images[op])
+        plot([row for row in rows if row.op == op], about, images[op])
     (folder / "index.html").write_text(page(rows, about, notes, images), encoding="utf-8")
-
-
-def plot(rows: Sequence[Row], where: str, file: Path) -> None:
-    """Draw the rows of one op into `file`."""
-    panels = [[r for r in rows if r.bound.unit == unit] for unit in UNITS]
-    panels = [sorted(p, key=_work) for p in panels if p]
-    width = max(7.0, 2.5 + 0.65 * max(len(p) for p in panels))
-    figure = import_module("matplotlib.figure").Figure(
-        figsize=(min(width, 40.0), 4.6 * len(panels)), layout="constrained"
-    )
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for ax, panel in zip(axes, panels, strict=True):
-        _draw(ax, panel)
-    figure.suptitle(f"{rows[0].op} on {where}")
-    figure.savefig(file, dpi=110)
-
-
-def _work(row: Row) -> tuple[float, str]:
-    return (row.flops if row.bound.unit == "TFLOP/s" else row.bytes), row.shape
-
-
-def _draw(ax: Any, rows: Sequence[Row]) -> None:
-    """One panel: groups of bars, tlk's first, and the ceiling as a line."""
-    names = list(dict.fromkeys(name for r in rows for name in r.peers if r.ratio(name)))
-    width = 0.8 / (1 + len(names))
-    at = range(len(rows))
-    ax.bar(
-        [i - 0.4 + width / 2 for i in at],
-        [r.speed() for r in rows],
-        width,
-        label="tlk",
-        color="black",
-    )
-    for n, name in enumerate(names):
-        speeds = [(i, r.speed() / ratio) for i, r in enumerate(rows) if (ratio := r.ratio(name))]
-        left = [i - 0.4 + width * (n + 1.5) for i, _ in speeds]
-        ax.bar(left, [speed for _, speed in speeds], width, label=name)
-    ceilings = [r.speed(r.bound.seconds) for r in rows]
-    ax.plot(list(at), ceilings, color="grey", marker="_", markersize=14, lw=0.8, label="ceiling")
-    dtypes = len({(r.dtype, r.operands) for r in rows}) > 1
-    labels = [f"{r.shape} {short(r.dtype)}" if dtypes else r.shape for r in rows]
-    ax.set_xticks(list(at), labels, rotation=45, ha="right", fontsize=8)
-    ax.set_ylabel(rows[0].bound.unit)
-    ax.margins(x=0.02)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def page(

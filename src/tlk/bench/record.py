@@ -96,22 +96,29 @@ def _spread(figures: Mapping[str, Any]) -> Spread:
     return Spread(median, p20, p80, figures["repeats"])
 
 
-def read(file: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a file of lines, the last of each case and dtype, and what its last run was.
+def read(file: Path) -> list[tuple[Row, dict[str, Any]]]:
+    """The rows of a file of lines, the last of each case and dtype, each with the run it is of.
 
     Lines of other benchmarks are passed over. Raises ValueError if there is no row.
     """
-    rows: dict[str, Row] = {}
-    run: dict[str, Any] = {}
+    rows: dict[str, tuple[Row, dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record.get("benchmark") == "kernel" and "limits" in record:
             row = from_dict(record)
-            rows[str(row)] = row
-            run = {name: record[name] for name in ABOUT}
+            rows[f"{row} {row.operands}"] = row, {name: record[name] for name in ABOUT}
     if not rows:
         raise ValueError(f"{file} has no line that `tlk bench kernels --json` wrote")
-    return list(rows.values()), run
+    return list(rows.values())
+
+
+def together(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last of several runs on one GPU, with the commands and the commits of all of them."""
+    latest = dict(max(runs, key=lambda run: str(run["time"])))
+    for name in ("command", "commit"):
+        found = dict.fromkeys(str(run[name]) for run in runs if run[name])
+        latest[name] = "; ".join(found) or None
+    return latest
 
 
 def to_csv(rows: Iterable[Row], version: str) -> str:
