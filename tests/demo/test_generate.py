@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tlk.demo import generate
-from tlk.demo.generate import encode, load, pick_device, pick_dtype, stream
-from tlk.errors import CapacityError, CheckpointError, UnsupportedError
+from tlk.demo.generate import encode, load, pick_dtype, stream
+from tlk.errors import CapacityError, CheckpointError
 
 
 def test_it_prints_the_prompt_and_what_follows(tiny, capsys):
@@ -66,15 +66,6 @@ def test_dtype_follows_the_device():
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("auto", "cuda") == torch.bfloat16
     assert pick_dtype("float16", "cpu") == torch.float16
-
-
-def test_device_is_the_gpu_if_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == pick_device("cuda") == "cuda" and pick_device("cpu") == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == "cpu"
-    with pytest.raises(UnsupportedError, match="torch finds no GPU here"):
-        pick_device("cuda")
 
 
 def test_the_embedded_model_lies_in_the_package():

@@ -6,7 +6,7 @@ import tlk
 from tests.models.zoo import tiny
 from tlk.demo.generate import EMBEDDED
 from tlk.errors import CheckpointError, UnsupportedError
-from tlk.llm.load import default_params, load, pick_device
+from tlk.llm.load import default_params, load
 from tlk.quant.config import QuantConfig
 from tlk.runtime.params import SamplingParams
 
@@ -78,19 +78,6 @@ def test_defaults_as_vllm_reads_them():
     how = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 5, "min_p": None}
     assert default_params(how) == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=5)
     assert default_params({}) == SamplingParams()
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert pick_device("auto").type == expected
-    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
-        pick_device("gpu")
-    with pytest.raises(UnsupportedError, match="tlk runs on cpu and cuda"):
-        pick_device("meta")
-    if not torch.cuda.is_available():
-        with pytest.raises(UnsupportedError, match="tlk doctor"):
-            pick_device("cuda")
 
 
 def test_a_checkpoint_can_be_quantized_while_it_is_loaded():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tlk.errors import UnsupportedError
-from tlk.runtime.options import EngineOptions
+from tlk.runtime.options import EngineOptions, pick_device
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,17 @@ def test_the_dtype_of_the_cache():
     assert EngineOptions(kv_cache_dtype="bfloat16").kv_dtype(torch.float32) == torch.bfloat16
     assert EngineOptions(kv_cache_dtype="fp8").kv_dtype(torch.float32) == torch.float8_e4m3fn
     assert EngineOptions(kv_cache_dtype="int8").kv_dtype(torch.bfloat16) == torch.int8
+
+
+def test_a_device_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
+    assert pick_device("cuda:1").index == 1 and pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
+        pick_device("gpu")
+    with pytest.raises(UnsupportedError, match="tlk runs on cpu and cuda"):
+        pick_device("meta")
+    with pytest.raises(UnsupportedError, match="torch finds no GPU here, `tlk doctor`"):
+        pick_device("cuda")

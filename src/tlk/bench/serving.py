@@ -24,9 +24,8 @@ from tlk.bench.metrics import Run, Served
 from tlk.bench.sources import Source, load_source
 from tlk.bench.step_profile import StepProfile, profile_steps
 from tlk.errors import EngineError
-from tlk.llm.load import pick_device
 from tlk.runtime.engine import Engine
-from tlk.runtime.options import EngineOptions
+from tlk.runtime.options import EngineOptions, pick_device
 from tlk.runtime.params import SamplingParams
 
 Kind = Literal["throughput", "latency"]

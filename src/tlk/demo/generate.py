@@ -10,8 +10,8 @@ from transformers import TextStreamer
 from tlk.errors import CapacityError, CheckpointError
 from tlk.hf.checkpoint import load_model, load_tokenizer
 from tlk.hf.weights import DTYPES
-from tlk.llm import load as llm_load
 from tlk.optimize import optimize
+from tlk.runtime.options import pick_device
 
 EMBEDDED = Path(__file__).parent / "model"
 """The model that comes with the package; `card.json` beside it says how it was made."""
@@ -72,7 +72,7 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise CheckpointError(f"{path} is no folder, and not the id of a model on the hub either")
     place = pick_device(device)
-    model = load_model(path, dtype=pick_dtype(dtype, place), device=place)
+    model = load_model(path, dtype=pick_dtype(dtype, place.type), device=str(place))
     return model, load_tokenizer(path)
 
 
@@ -94,11 +94,6 @@ def encode(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Tens
             f"but the model's limit is {limit} in all"
         )
     return ids.to(model.device)
-
-
-def pick_device(name: str) -> str:
-    """ "auto" is the GPU if there is one; raises UnsupportedError for "cuda" without one."""
-    return llm_load.pick_device(name).type
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

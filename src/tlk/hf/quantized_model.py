@@ -22,6 +22,10 @@ from tlk.hf.weights import load_decoder
 from tlk.models.decoder import Decoder, linears
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.format import Dense, rows
+from tlk.runtime.options import pick_device
+
+SEVERAL = ("balanced", "balanced_low_0", "sequential", "disk")
+"""Values of device_map that spread a model."""
 
 
 def load_quantized(
@@ -48,7 +52,7 @@ def load_quantized(
     config = AutoConfig.from_pretrained(folder)
     stored = {name: config.__dict__.pop(name) for name in QUANTIZATION if name in config.__dict__}
     wanted = dtype if dtype is not None else torch_dtype
-    loaded = load_decoder(str(folder), dtype=wanted, device=_device(device_map))
+    loaded = load_decoder(str(folder), dtype=wanted, device=one_device(device_map))
     config.dtype = loaded.dtype
     with init_empty_weights(include_buffers=False):
         model: Any = _class_of(kind, config)(config)
@@ -121,17 +125,15 @@ def _class_of(kind: Any, config: Any) -> Any:
     )
 
 
-def _device(device_map: Any) -> torch.device:
-    """The one device of a `device_map` of transformers."""
+def one_device(device_map: Any) -> torch.device:
+    """The one device of a `device_map` of transformers; UnsupportedError if it names several."""
     if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
-    if device_map is None:
-        return torch.device("cpu")
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device_map, dict | list) or device_map in ("balanced", "sequential"):
+    if isinstance(device_map, int):
+        device_map = f"cuda:{device_map}"
+    if isinstance(device_map, dict | list) or device_map in SEVERAL:
         raise UnsupportedError(f"device_map {device_map!r}: tlk runs a model on one device")
-    return torch.device(device_map)
+    return pick_device("cpu" if device_map is None else str(device_map))
 
 
 def save(model: Any, folder: Path, *, format: str | None = None, shard: int = SHARD) -> str:

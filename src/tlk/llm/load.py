@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlk.errors import UnsupportedError
 from tlk.hf.binding import bind
 from tlk.hf.checkpoint import load_tokenizer
 from tlk.hf.hub import GENERATION, generation_defaults, snapshot
@@ -19,6 +18,7 @@ from tlk.models.decoder import Decoder
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.config import QuantConfig
 from tlk.quantize.in_place import quantize_decoder
+from tlk.runtime.options import pick_device
 from tlk.runtime.params import SamplingParams
 
 
@@ -79,21 +79,6 @@ def default_params(how: Mapping[str, Any]) -> SamplingParams:
     if how.get("max_new_tokens") is not None:
         fields["max_tokens"] = how["max_new_tokens"]
     return SamplingParams(**fields)
-
-
-def pick_device(device: str) -> torch.device:
-    """ "auto" is the GPU if there is one; UnsupportedError for "cuda" without one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device {device}: tlk runs on cpu and cuda")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device {device}: torch finds no GPU here, `tlk doctor` says why")
-    return chosen
 
 
 def _shared(model: nn.Module, dtype: str, device: str) -> Decoder:

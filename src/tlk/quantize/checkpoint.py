@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tlk.errors import UnsupportedError
 from tlk.hf.checkpoint import load_tokenizer
 from tlk.hf.partial import Partial
 from tlk.hf.quantized_checkpoint import QuantizedModel, save_quantized
@@ -26,6 +25,7 @@ from tlk.quantize.calibration import LENGTH, SAMPLES, Calibration, read_calibrat
 from tlk.quantize.pieces import Pieces
 from tlk.quantize.plan import Plan, plan
 from tlk.quantize.run import KV_DTYPES, Quantized, data_is_needed, run
+from tlk.runtime.options import pick_device
 
 
 def quantize(
@@ -73,7 +73,7 @@ def quantize(
         "static": static,
     }
     config = _config(method, calibration, fields)
-    out, place = Path(out).expanduser(), _device(device)
+    out, place = Path(out).expanduser(), pick_device(device)
     _check(config, kv_cache_dtype, out)
     with stream(source) as found:
         data = _data(found, config, samples, length)
@@ -118,14 +118,6 @@ def _check(config: QuantConfig, kv_cache_dtype: str | None, out: Path) -> None:
             raise ValueError("calibration must be given to find scales for kv_cache_dtype")
     if out.exists():
         raise FileExistsError(f"{out} is there already: give a folder that is not")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("device 'cuda' needs a CUDA GPU that torch can use")
-    return torch.device(name)
 
 
 def _data(found: Streamed, config: QuantConfig, samples: int, length: int) -> Calibration | None:
