@@ -16,6 +16,7 @@ from tlk.errors import (
     TlkError,
     UnsupportedError,
 )
+from tlk.hf.quantizer import register_quantizers
 from tlk.llm import (
     LLM,
     AsyncLLM,
@@ -57,6 +58,7 @@ __all__ = [
     "Verification",
     "optimize",
     "quantize",
+    "register_quantizers",
     "report",
     "restore",
     "verify",

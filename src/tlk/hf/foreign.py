@@ -2,7 +2,8 @@
 
 `AutoModelForCausalLM.from_pretrained` gives a quantized checkpoint's linear layers to the package of its
 method: bitsandbytes' Linear4bit, compressed-tensors' patched Linear, FP8Linear. Their tensors have the names
-that they have in files, so they are read as files are, and the modules become `QuantLinear`s.
+that they have in files, so they are read as files are, and the modules become `QuantLinear`s. After
+`register_quantizers` they are that from the start.
 """
 
 from typing import Any
@@ -12,11 +13,14 @@ from torch import nn
 
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.quant_linear import quantized_like
+from tlk.hf.quantizer import is_ours
 from tlk.quant.files.layer import Layer, Scheme
 from tlk.quant.files.recognise import method_of, recognise
 
 READ = ("compressed-tensors", "bitsandbytes", "fp8", "fbgemm_fp8")
 """Methods whose modules keep their tensors as the file has them."""
+HOW = "call tlk.register_quantizers() before from_pretrained, or load it with tlk.AutoModelForCausalLM"
+"""So that tlk reads the files."""
 FLAGS = (
     "hf_quantizer", "is_quantized", "quantization_method", "quantization_config", "is_loaded_in_4bit",
     "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable",
@@ -27,19 +31,18 @@ FLAGS = (
 def foreign_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers of `model` that transformers gave to another package, by name.
 
-    Raises UnsupportedError for a method whose modules change their tensors (GPTQ, AWQ), and
-    CheckpointError for one that transformers does not know (ModelOpt), so that the codes became
-    weights: tlk.AutoModelForCausalLM reads such files itself.
+    Empty if tlk read them itself. Raises UnsupportedError for a method whose modules change their
+    tensors (GPTQ, AWQ), and CheckpointError for one that transformers does not know (ModelOpt), so that
+    the codes became weights: with `register_quantizers` tlk reads such files itself.
     """
     fields = quantization_of(model)
-    if fields is None:
+    if fields is None or is_ours(model):
         return {}
     scheme = recognise(fields)
     found = {name: m for name, m in model.named_modules() if _quantized(m, scheme)}
     if found and scheme.method not in READ:
         raise UnsupportedError(
-            f"the modules of a {scheme.method} model are not as its file is: load it with "
-            "tlk.AutoModelForCausalLM, which reads the file itself"
+            f"the modules of a {scheme.method} model are not as its file is: {HOW}"
         )
     return found
 
@@ -50,11 +53,11 @@ def take_over(model: nn.Module) -> list[str]:
 
     One layer at a time is in memory twice. Raises as `foreign_layers` does, before anything has changed.
     """
-    found = foreign_layers(model)
-    if not found:
+    found, fields = foreign_layers(model), quantization_of(model)
+    if fields is not None and is_ours(model):
+        _forget(model, fields)
+    if fields is None or not found:
         return []
-    fields = quantization_of(model)
-    assert fields is not None
     scheme, dtype = recognise(fields), _activations(model)
     for name, module in found.items():
         tensors = {k: t.detach() for k, t in module.state_dict().items() if k != "bias"}
@@ -76,7 +79,7 @@ def quantization_of(model: Any) -> dict[str, Any] | None:
     if getattr(model, "hf_quantizer", None) is None:
         raise CheckpointError(
             f"the config says that the weights are quantized with {method_of(fields)}, and transformers "
-            "loaded them as if they were not: load the model with tlk.AutoModelForCausalLM"
+            f"loaded them as if they were not: {HOW}"
         )
     return fields
 

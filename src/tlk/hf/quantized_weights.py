@@ -87,7 +87,7 @@ def plan(
     _check_named(folder, scheme, decoder, sources)
     for name, linear in linears(decoder).items():
         parts = [key.removesuffix(".weight") for key in sources[f"{name}.weight"]]
-        found = {part: _suffixes(part, keys) for part in parts}
+        found = {part: suffixes_of(part, keys) for part in parts}
         if _is_quantized(folder, scheme, found):
             layers[name] = found
             del dense[f"{name}.weight"]
@@ -119,7 +119,7 @@ def _check_named(
         )
 
 
-def _suffixes(module: str, keys: Mapping[str, object]) -> list[str]:
+def suffixes_of(module: str, keys: Mapping[str, object]) -> list[str]:
     """What of `module` is in the files, beside its bias and scales of the cache."""
     prefix = f"{module}."
     others = {BIAS, "k_scale", "v_scale", "output_scale"}
@@ -130,20 +130,25 @@ def _suffixes(module: str, keys: Mapping[str, object]) -> list[str]:
 def _is_quantized(folder: Path, scheme: Scheme, parts: Mapping[str, Sequence[str]]) -> bool:
     """Whether the layer fused from `parts` is; CheckpointError if config and files disagree."""
     quantized = {part: scheme.holds(suffixes) for part, suffixes in parts.items()}
-    for part, found in quantized.items():
-        listed = scheme.listed(part)
-        if listed is not None and listed != found and parts[part]:
-            says = "is to be quantized" if listed else "stays in 16 bit"
-            raise CheckpointError(
-                f"{folder}: its {scheme.method} config says that {part} {says}, "
-                f"but the files hold {', '.join(sorted(parts[part]))}"
-            )
+    for part, suffixes in parts.items():
+        check_listed(folder, scheme, part, suffixes)
     if len(set(quantized.values())) > 1:
         some = ", ".join(part for part, found in quantized.items() if not found)
         raise UnsupportedError(
             f"{folder}: of {', '.join(parts)}, which tlk multiplies in one, only {some} stay in 16 bit"
         )
     return all(quantized.values())
+
+
+def check_listed(folder: Path, scheme: Scheme, module: str, suffixes: Sequence[str]) -> None:
+    """CheckpointError if the config says that `module` is quantized and its tensors do not, or the reverse."""
+    listed = scheme.listed(module)
+    if listed is not None and listed != scheme.holds(suffixes) and suffixes:
+        says = "is to be quantized" if listed else "stays in 16 bit"
+        raise CheckpointError(
+            f"{folder}: its {scheme.method} config says that {module} {says}, "
+            f"but the files hold {', '.join(sorted(suffixes))}"
+        )
 
 
 @torch.no_grad()
