@@ -1,6 +1,7 @@
 """The glue to FlashInfer, on a CPU, with fakes that compute what its documentation says."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,30 @@ def attend(q, k, v, causal, window_left=-1, logits_soft_cap=None):
 def single_prefill(q, k, v, *, causal, window_left, logits_soft_cap, backend, o_dtype):
     assert backend in ("fa2", "fa3") and o_dtype == q.dtype
     return attend(q, k, v, causal, window_left, logits_soft_cap)
+
+
+class Ragged:
+    """Its wrapper of sequences one after another, [T, H, D]."""
+
+    def __init__(self, workspace, kv_layout, backend):
+        assert kv_layout == "NHD" and backend in ("fa2", "fa3")
+
+    def plan(
+        self, cu_q, cu_k, heads, kv_heads, d, d_v, *, causal, window_left, logits_soft_cap, q_data_type,
+        kv_data_type,
+    ):  # fmt: skip
+        assert q_data_type == kv_data_type == torch.float32 and cu_q.dtype == torch.int32
+        self.cu = cu_q, cu_k
+        self.sizes = (heads, d), (kv_heads, d), (kv_heads, d_v)
+        self.options = causal, window_left, logits_soft_cap
+
+    def run(self, q, k, v):
+        assert tuple(x.shape[1:] for x in (q, k, v)) == self.sizes
+        bounds = [list(pairwise(x.tolist())) for x in self.cu]
+        return torch.cat([
+            attend(q[a:b], k[c:d], v[c:d], *self.options)
+            for (a, b), (c, d) in zip(*bounds, strict=True)
+        ])  # fmt: skip
 
 
 class Wrapper:
@@ -113,6 +138,7 @@ def flashinfer(monkeypatch):
     install(
         monkeypatch, "flashinfer", single_prefill_with_kv_cache=single_prefill, rmsnorm=rmsnorm,
         BatchDecodeWithPagedKVCacheWrapper=Wrapper, BatchPrefillWithPagedKVCacheWrapper=Wrapper,
+        BatchPrefillWithRaggedKVCacheWrapper=Ragged,
         fused_add_rmsnorm=fused_add_rmsnorm, sampling=sampling, silu_and_mul=gated(F.silu),
         gelu_and_mul=gated(F.gelu), gelu_tanh_and_mul=gated(lambda x: F.gelu(x, approximate="tanh")),
     )  # fmt: skip
@@ -134,6 +160,11 @@ ATTENTION = (
     Attention("window", (20,), 4, 2, d=16, causal=True, window=5),
     Attention("capped", (20,), 4, 2, d=16, causal=True, softcap=3.0),
     Attention("more keys", (7,), 4, 2, d=16, keys=20),
+    Attention("packed", (20, 9, 1), 4, 2, d=16, causal=True, varlen=True),
+    Attention("packed, wide", (9, 20), 4, 2, d=24, dv=16, varlen=True),
+    Attention(
+        "packed window", (20, 9), 4, 2, d=16, causal=True, varlen=True, window=4, softcap=2.0
+    ),
 )
 
 
@@ -147,13 +178,14 @@ def test_attention(peer, attention):
     "attention",
     [
         Attention("batch", (20, 20), 4, 2, d=16),
-        Attention("packed", (20, 9), 4, 2, d=16, causal=True, varlen=True),
         Attention("sinks", (20,), 4, 2, d=16, causal=True, sinks=True),
+        Attention("packed sinks", (20, 9), 4, 2, d=16, varlen=True, sinks=True),
+        Attention("packed fp8", (20, 9), 4, 2, d=16, varlen=True, eight_bit=True),
     ],
     ids=lambda a: a.name,
 )
 def test_attention_that_it_has_not(attention):
-    with pytest.raises(UnsupportedError, match="one sequence at a time"):
+    with pytest.raises(UnsupportedError, match="and no sinks"):
         agrees(peers.FLASH_ATTENTION[0], attention.case())
 
 

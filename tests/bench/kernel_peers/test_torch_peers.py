@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
-from tests.bench.kernel_peers.test_flashinfer_peers import agrees
+from tests.bench.kernel_peers.test_flashinfer_peers import agrees, attend
 from tlk.bench.cases.flash_attention import Attention
 from tlk.bench.cases.norm import _rms, _rms_case
 from tlk.bench.kernel_peers import torch_peers
@@ -38,11 +40,30 @@ def test_attention(any_backend, peer, attention):
     ]
 
 
+def test_packed_sequences(monkeypatch):
+    """The op of a GPU, with a fake of it that takes what its schema says."""
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug):
+        assert (max_q, max_k, dropout, debug) == (20, 20, 0.0, False) and cu_q is cu_k
+        parts = [
+            attend(q[a:b], k[a:b], v[a:b], causal) for a, b in pairwise(cu_q.tolist())
+        ]  # fmt: skip
+        return torch.cat(parts), None, None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    flash, cudnn = torch_peers.FLASH_ATTENTION
+    for causal in (True, False):
+        case = Attention("x", (9, 20, 1), 4, 2, d=16, causal=causal, varlen=True).case()
+        agrees(flash, case)
+    with pytest.raises(UnsupportedError, match="sequences of one length"):
+        agrees(cudnn, case)
+
+
 @pytest.mark.parametrize(
-    "field", [{"window": 4}, {"softcap": 2.0}, {"sinks": True}, {"varlen": True}]
+    "field", [{"window": 4}, {"softcap": 2.0}, {"sinks": True}, {"eight_bit": True}]
 )
 def test_attention_that_it_has_not(field):
-    with pytest.raises(UnsupportedError, match="without window"):
+    with pytest.raises(UnsupportedError, match="16 bits without window"):
         agrees(
             torch_peers.FLASH_ATTENTION[0],
             Attention("x", (8,), 2, 2, d=16, causal=True, **field).case(),

@@ -1,8 +1,6 @@
 """What is quantized in a layer of Llama-3.1-8B, for one token up to a prefill; DeepSeek-V3's blocks."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +22,12 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 NAMES = {FP8: "fp8", INT8: "int8"}
 
 
-def _torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales of rows, composed of torch's own ops."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST[dtype]
-    q = (x / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
-    return (q if dtype == FP8 else q.round()).to(dtype), scale
+def _torch(x: Tensor, dtype: torch.dtype, group: int | None) -> tuple[Tensor, Tensor]:
+    """Scales of rows or of blocks that divide them, composed of torch's own ops."""
+    groups = x.unflatten(-1, (-1, group or x.shape[-1]))
+    scale = groups.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST[dtype]
+    q = (groups / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (q if dtype == FP8 else q.round()).to(dtype).flatten(-2), scale[..., 0]
 
 
 def _name(dtype: torch.dtype, group: int | None) -> str:
@@ -41,14 +40,12 @@ def _bytes(t: int, n: int, reads: int, group: int | None, size: int) -> int:
 
 
 def _plain_case(t: int, n: int, dtype: torch.dtype, group: int | None = None) -> Case:
-    peers: dict[str, Callable[..., Any]] = {}
-    if group is None:
-        peers["torch"] = partial(_torch, dtype=dtype)
     return Case(
         "quantize_act", f"T{t}-N{n}-{_name(dtype, group)}", lambda new: (new.randn(t, n),),
         partial(quantize_act, dtype=dtype, group_size=group),
         lambda size: _bytes(t, n, t * n, group, size),
-        partial(quantize_act_reference, dtype=dtype, group_size=group), peers=peers,
+        partial(quantize_act_reference, dtype=dtype, group_size=group),
+        peers={"torch": partial(_torch, dtype=dtype, group=group)},
         oldest=89 if dtype == FP8 else 75,
     )  # fmt: skip
 

@@ -142,6 +142,19 @@ CASES = tuple(
         Attention("llama-8b-4096-fp8", (4096,), *LLAMA, causal=True, eight_bit=True),
         Attention("mha-full-4096-fp8", (4096,), 32, 32, eight_bit=True),
         Attention("d64-full-4096-fp8", (4096,), 64, 64, d=64, eight_bit=True),
+        *(
+            Attention(f"{name}-{n}-fp8", (n,), heads, heads, d, eight_bit=True, gate=False)
+            for name, heads, d, lengths in (
+                ("mha-full", 32, 128, (16384,)),
+                ("d64-full", 64, 64, (16384,)),
+            )
+            for n in lengths
+        ),
+        *(
+            Attention(f"mha-{n}-fp8", (n,), 32, 32, causal=True, eight_bit=True, gate=False)
+            for n in (4096, 16384)
+        ),
+        Attention("packed-16x1024", (1024,) * 16, *LLAMA, causal=True, varlen=True, gate=False),
         Attention("mha-16384", (16384,), 32, 32, causal=True, gate=False),
         Attention("mha-full-16384", (16384,), 32, 32, gate=False),
         *(

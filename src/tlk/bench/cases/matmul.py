@@ -108,6 +108,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 CASES = (
     *(_case(m, n, k, dtypes=HALVES) for m in (1, 16, 32, 64, 128, 4096) for n, k in LAYERS),
     *(_case(m, 128256, 4096, dtypes=HALVES) for m in (1, 16)),  # logits
+    _case(32, 128256, 4096, dtypes=HALVES, gate=False),
     *(_case(m, 4096, 14336, residual=True, dtypes=HALVES) for m in (1, 16, 4096)),
     *(_in_place_case(m, n, k) for m in (1, 128, 4096) for n, k in LAYERS if n == 4096),
     *(_case(m, 1024, 4096, dtypes=HALVES) for m in (1, 2, 16)),

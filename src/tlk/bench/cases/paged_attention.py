@@ -129,6 +129,9 @@ class Step:
         )
 
 
+DECODE = ((1, 131072), (16, 4096), (32, 4096), (128, 1024), (128, 8192), (256, 512))  # B, S
+GATED = ((1, 131072), (32, 4096), (128, 8192))
+
 STEPS = (
     Step("decode-B1-S131072", (1,), 131072),
     Step("decode-B1-S1024", (1,), 1024, dtypes=ANY),
@@ -160,14 +163,17 @@ STEPS = (
     Step("decode-B32-S4096-llama-70b", (1,) * 32, 4096, 64, 8, gate=False),
     Step("decode-B64-S2048-qwen3-30b", (1,) * 64, 2048, 32, 4, gate=False),
     *(
-        Step(f"{name}-{kind}", queries, length, page=64, codes=codes)
+        Step(f"decode-B{b}-S{n}-page64", (1,) * b, n, page=64, dtypes=HALF[:1], gate=False)
+        for b, n in DECODE
+    ),
+    *(
+        Step(f"decode-B{b}-S{n}-{kind}", (1,) * b, n, page=64, codes=codes, gate=(b, n) in GATED)
         for kind, codes in (("fp8", FP8), ("int8", INT8))
-        for name, queries, length in (
-            ("decode-B1-S131072", (1,), 131072),
-            ("decode-B32-S4096", (1,) * 32, 4096),
-            ("decode-B128-S8192", (1,) * 128, 8192),
-            ("prefill-B1-S4096", (4096,), 4096),
-        )
+        for b, n in DECODE
+    ),
+    *(
+        Step(f"prefill-B1-S4096-{kind}", (4096,), 4096, page=64, codes=codes)
+        for kind, codes in (("fp8", FP8), ("int8", INT8))
     ),
     Step(
         "decode-B32-S4096-D256-softcap-int8", (1,) * 32, 4096, 16, 8, 256, softcap=50.0, codes=INT8

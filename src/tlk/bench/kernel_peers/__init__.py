@@ -22,6 +22,7 @@ UNCOMPARED = {"sample", "likeliest_", "top_logprobs"}
 COMPILED = {
     *("rms_norm", "add_rms_norm", "layer_norm", "silu_and_mul", "gelu_and_mul", "relu_squared"),
     *("matmul", "norm_linear", "gated_linear", "likeliest_", "apply_penalties_"),
+    "quantize_act",
 }
 # Of plain torch, which rounds between its ops.
 TOLERANCE = 0.03

@@ -22,8 +22,10 @@ def _peer(prepare: Prepare, name: str = "flashinfer", compared: bool = True) -> 
 def _prefill(case: Case, inputs: tuple[Any, ...], backend: str) -> Call:
     q, k, v, sinks, starts = inputs[:5]
     o = case.options
-    one = sinks is None and starts is None and q.shape[0] == 1
-    want(one, "one sequence at a time, and no sinks")
+    if starts is not None:
+        want(sinks is None and q.itemsize > 1, "packed sequences in 16 bits, and no sinks")
+        return _ragged(case, q, k, v, starts, backend)
+    want(sinks is None and q.shape[0] == 1, "one sequence at a time, and no sinks")
     run = import_module("flashinfer").single_prefill_with_kv_cache
     options = {
         "causal": bool(o.get("causal")),
@@ -34,6 +36,22 @@ def _prefill(case: Case, inputs: tuple[Any, ...], backend: str) -> Call:
     }
     q, k, v = q[0], k[0], v[0]
     return lambda: run(q, k, v, **options)
+
+
+def _ragged(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, backend: str
+) -> Call:  # fmt: skip
+    """Sequences of different lengths, as many queries as keys each."""
+    o = case.options
+    wrapper = import_module("flashinfer").BatchPrefillWithRaggedKVCacheWrapper(
+        _workspace(q.device), "NHD", backend=backend
+    )
+    wrapper.plan(
+        starts, starts, q.shape[1], k.shape[1], q.shape[2], v.shape[2],
+        causal=bool(o.get("causal")), window_left=o["window"] - 1 if o.get("window") else -1,
+        logits_soft_cap=o.get("softcap") or None, q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(q, k, v)
 
 
 def _decode(case: Case, inputs: tuple[Any, ...]) -> Call:

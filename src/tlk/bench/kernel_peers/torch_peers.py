@@ -16,8 +16,11 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case, tuple[Any, ...]], Call]:
     def prepare(case: Case, inputs: tuple[Any, ...]) -> Call:
         q, k, v, sinks, starts = inputs[:5]
         o = case.options
-        plain = not (o.get("window") or o.get("softcap")) and sinks is None and starts is None
-        want(plain, "attention without window, soft cap, sinks and packed sequences")
+        plain = not (o.get("window") or o.get("softcap")) and sinks is None and q.itemsize > 1
+        want(plain, "attention in 16 bits without window, soft cap and sinks")
+        if starts is not None:
+            want(backend == SDPBackend.FLASH_ATTENTION, "sequences of one length")
+            return _packed(q, k, v, starts, bool(o.get("causal")))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         shared, causal = q.shape[1] != k.shape[1], bool(o.get("causal"))
 
@@ -29,6 +32,18 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case, tuple[Any, ...]], Call]:
         return call
 
     return prepare
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Call:
+    """What `torch.nn.attention.varlen` calls; the longest sequence is known before, as ours is."""
+    longest = int(starts.diff().max())
+    run = torch.ops.aten._flash_attention_forward
+
+    def call() -> Tensor:
+        out: Tensor = run(q, k, v, starts, starts, longest, longest, 0.0, causal, False)[0]
+        return out
+
+    return call
 
 
 FLASH_ATTENTION = (
