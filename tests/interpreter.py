@@ -33,6 +33,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from tests import assembly
 from tests.libdevice import LIBDEVICE, erf
 from tlk.kernels import _kv_codes
 from tlk.kernels._op import kernels_on_cpu
@@ -146,19 +147,11 @@ def fma_pairs(dtype: tl.dtype) -> Callable[..., Array]:
     return fma
 
 
-def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    picks = ((selector >> (4 * i) & 7).astype(np.uint64) for i in range(4))
-    parts = ((both >> (8 * pick) & 0xFF) << np.uint64(8 * i) for i, pick in enumerate(picks))
-    return sum(parts).astype(np.uint32)
-
-
 # Inline assembly of one instruction on 32-bit registers, by what it starts with.
 INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "fma.rn.f16x2 ": fma_pairs(tl.float16),
     "fma.rn.bf16x2 ": fma_pairs(tl.bfloat16),
-    "lop3.b32 $0, $1, $2, $3, 0xEA;": lambda a, b, c: (a & b) | c,
-    "prmt.b32 ": permute_bytes,
+    **assembly.INSTRUCTIONS,
 }
 
 

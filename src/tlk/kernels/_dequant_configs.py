@@ -96,11 +96,11 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
         tiles = 4 if tall and block_m < 4 else 2
     if grouped_bytes:  # each tile loads scales
         warps, tiles = 4 if tall else 8, max(tiles // 2, 1)
-    if words == 2:  # the table is what costs: its registers leave room for few programs
+    if words == 2:
         tiles *= 2
-        if block_m < 8 and n < 128 * processors:
-            warps, tiles = 4, 8
-    return _mma(block_m, rows, warps, tiles, words, warps == 4 or grouped_bytes)
+        if block_m < 8:
+            warps, tiles = (8, 4) if block_m < 4 and not tall else (4, 4 if tall else 8)
+    return _mma(block_m, rows, warps, tiles, words, warps == 4 or grouped_bytes or words == 2)
 
 
 def _mma(
@@ -157,7 +157,7 @@ def candidates(
         widths = (2, 4) if kind == "table4" and group == 64 else (4,)
         for words, rows, warps, tiles in product(widths, (1, 2), (4, 8), (1, 2, 4, 8)):
             if tiles * rows * words * max(top // 8, 1) <= 32:
-                all_registers = warps == 4 or (halves(kind) == 1 and group < k)
+                all_registers = warps == 4 or words == 2 or (halves(kind) == 1 and group < k)
                 found.append(_mma(top, rows, warps, tiles, words, all_registers))
     if running >= FEW_ROWS:
         heights = sorted({min(max(height, 16), 128) for height in (top, top // 2, min(top, 64))})

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tlk.kernels._dequant import Quantized, as_bytes, halves
-from tlk.kernels._dequant_pairs import _decoded, _minus, _scale_pair, _stored_scale, _table
+from tlk.kernels._dequant_pairs import _decoded, _minus, _scale_pair, _stored_scale
+from tlk.kernels._dequant_table import _looked_up_bytes, _pair_table
 from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _store_outputs, _weight_rows
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
@@ -116,7 +117,7 @@ def _x_in_order(
     # a value's place: tile, half, run, high columns, warp, low columns, lane, word, and twice its byte
     x = tl.reshape(x, (TOGETHER, HALVES, RUNS, HIGH, WARPS, 8, 4, 2, 2, 2))
     if TABLE:
-        x = tl.permute(x, (0, 4, 1, 8, 2, 6, 7, 9, 3, 5))
+        x = tl.permute(x, (0, 4, 8, 9, 2, 6, 7, 1, 3, 5))
     else:
         x = tl.permute(x, (0, 4, 1, 9, 2, 6, 7, 8, 3, 5))
     x = tl.reshape(x, (TOGETHER, 1, WARPS, HALVES * 16 * WORDS, COLUMNS))
@@ -150,14 +151,20 @@ def _multiplied(
             factor = tl.broadcast_to(factor, (TILES, 2 * ROWS, WARPS, 8, COLUMNS // 8, 4, 2))
             factor = tl.permute(factor, (0, 2, 1, 3, 4, 5, 6))
             y *= tl.reshape(factor, (TILES * WARPS, 16 * ROWS, COLUMNS))
-        y = tl.reshape(y, (TILES, WARPS, 16 * ROWS, COLUMNS))
-        if SHARE > 1:
-            own = tl.arange(0, TILES)[:, None, None, None] % SHARE
-            y = tl.where((tl.arange(0, COLUMNS) // BLOCK_M)[None, None, None, :] == own, y, 0.0)
-        if TILES == 1:
-            return acc + tl.reshape(y, acc.shape)
+        if acc.shape[0] == TILES * WARPS:
+            return acc + y
         else:
-            return acc + tl.sum(y, 0)
+            return acc + _of_tiles(y, TILES, SHARE, BLOCK_M)
+
+
+@triton.jit
+def _of_tiles(y, TILES: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Sums [TILES · WARPS, rows, columns] added up over tiles, each of whose columns only its own count."""
+    y = tl.reshape(y, (TILES, y.shape[0] // TILES, y.shape[1], y.shape[2]))
+    if SHARE > 1:
+        own = tl.arange(0, TILES)[:, None, None, None] % SHARE
+        y = tl.where((tl.arange(0, y.shape[3]) // BLOCK_M)[None, None, None, :] == own, y, 0.0)
+    return tl.sum(y, 0)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -205,10 +212,12 @@ def _mma_kernel(
     )  # fmt: skip
     table = None
     if KIND == "table4":
-        table = _table(table_ptr, DTYPE)
+        table = _pair_table(table_ptr, DTYPE)
     if not LATE:
         wait_for_previous(PDL)
-    acc = tl.zeros((WARPS, 16 * ROWS, BLOCK_M if BLOCK_M > 8 else 8), tl.float32)
+    # sums of tiles stay apart where that saves more instructions than it takes registers
+    APART: tl.constexpr = TILES if KIND == "table4" and SCALES == "tile" else 1
+    acc = tl.zeros((APART * WARPS, 16 * ROWS, BLOCK_M if BLOCK_M > 8 else 8), tl.float32)
     for step in tl.range(steps, num_stages=1):
         end = (step + 1) * (STEP * TILE)
         # the next step's words and scales are on their way while these are multiplied. Not only for
@@ -232,13 +241,19 @@ def _mma_kernel(
         if zero_ptr is not None:
             minus = _tiles_first(_minus(zero, KIND, DTYPE), BESIDE, TILES, ROWS, WARPS)
             minus = minus[:, None, None]
-        a = _decoded(tl.reshape(w, (RUNS, WORDS // 2, 2)), minus, factor, table, KIND, DTYPE)
+        a = tl.reshape(w, (RUNS, WORDS // 2, 2))
+        if KIND == "table4":
+            a = _looked_up_bytes(a, factor, table, DTYPE)
+        else:
+            a = _decoded(a, minus, factor, None, KIND, DTYPE)
         scales = _tiles_first(stored, BESIDE, TILES, ROWS, WARPS)
         acc = _multiplied(
             a, x, acc, scales, SCALES, TILES, SHARE, ROWS, WARPS, WORDS, HALVES, BLOCK_M
         )  # fmt: skip
         w, stored, zero = w_next, stored_next, zero_next
     y = acc
+    if APART > 1:
+        y = _of_tiles(y, TILES, SHARE, BLOCK_M)
     if BLOCK_M < 8:
         y = tl.sum(tl.reshape(y, (WARPS, 16 * ROWS, 8 // BLOCK_M, BLOCK_M)), 2)
     y = tl.sum(y, 0)
