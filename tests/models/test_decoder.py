@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from tests.models.zoo import (
 )
 from tlk.kernels._op import count_ops
 from tlk.models.batch import group_specs
-from tlk.models.decoder import Decoder
+from tlk.models.decoder import Decoder, linears
 from tlk.models.families import FAMILIES
+from tlk.quant.int8 import Int8
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
@@ -151,3 +153,22 @@ def test_what_inference_mode_made_is_of_use_outside():
     decoder.prepare(80)
     decoder.prepare(5)
     assert torch.equal(decoder(torch.arange(8), batch, cache), expected)
+
+
+def test_norms_and_gates_round_for_layers_of_8_bits():
+    decoder = decoder_of(tiny("llama"))
+    for name, linear in linears(decoder).items():
+        if name != "lm_head":
+            linear.store(Int8(), Int8().quantize(linear.weight.detach()))
+    batch, cache = one_step(decoder)
+    with count_ops() as counts:
+        decoder(torch.zeros(8, dtype=torch.int64), batch, cache)
+    few = Counter({name.partition("[")[0]: n for name, n in counts.items()})
+    assert few["dequant_mm"] == 2 * 4 and not few["scaled_mm"]
+    batch, cache = one_step(decoder, (5, 4))
+    with count_ops() as counts:
+        decoder(torch.zeros(9, dtype=torch.int64), batch, cache)
+    ran = Counter({name.partition("[")[0]: n for name, n in counts.items()})
+    per_layer = {"rms_norm_quant": 2, "scaled_mm": 4, "quantize_act": 1, "gated_quant": 1}
+    assert {name: ran[name] for name in per_layer} == {k: 2 * n for k, n in per_layer.items()}
+    assert ran.total() == few.total() + 2 * 4  # four more kernels a layer, which round

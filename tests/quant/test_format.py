@@ -4,7 +4,7 @@ import torch
 from tlk.errors import UnsupportedError
 from tlk.kernels._op import count_ops
 from tlk.quant.config import METHODS
-from tlk.quant.format import DENSE, Dense, Norm, fuse, prepare_input, shard, stack
+from tlk.quant.format import DENSE, Dense, Norm, act_and_mul, fuse, prepare_input, shard, stack
 from tlk.quant.fp8 import Fp8
 from tlk.quant.int4 import Int4
 from tlk.quant.int8 import Int8
@@ -148,7 +148,7 @@ def test_inputs_are_scaled_and_permuted_after_the_norm():
     assert torch.equal(y, x[:, [3, 1, 0, 2]]) and left is None
 
 
-@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("rows", [8, 9])
 @pytest.mark.parametrize("format", EVERY, ids=str)
 def test_linear_multiplies_by_the_dequantized_weight(format, rows):
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_linear_multiplies_by_the_dequantized_weight(format, rows):
     packed = format.quantize(torch.randn(6, 256))
     weight = format.dequantize(packed)
     h = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
-    rounds = format.act is not None and rows == 17
+    rounds = format.act is not None and rows == 9
     with count_ops() as counts:
         y = format.linear(x, packed, norm=norm, bias=bias, activation="silu", residual=residual)
     assert counts.total() == (2 if rounds else 1)
@@ -172,6 +172,29 @@ def test_linear_multiplies_by_the_dequantized_weight(format, rows):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 500)
     y, expected = format.linear(x, packed), x @ weight.T
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 40)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("format", [*EVERY, Int8(static=True), DENSE], ids=str)
+def test_a_gate_comes_before_the_product(format, rows, activation):
+    torch.manual_seed(0)
+    both, residual = torch.randn(rows, 512), torch.randn(rows, 6)
+    packed = format.quantize(torch.randn(6, 256))
+    if getattr(format, "static", False):
+        packed["input_scale"] = torch.tensor([[6 / 127]])
+    rounds = format.act is not None and rows == 9
+    x = act_and_mul(both, activation)
+    assert format.rounds(x, packed) == rounds
+    with count_ops() as counts:
+        y = format.linear(both, packed, gate=activation, residual=residual)
+    assert counts.total() == 2 and any("gated_quant" in name for name in counts) == rounds
+    torch.testing.assert_close(y, format.linear(x, packed, residual=residual), rtol=1e-4, atol=1e-4)
+    packed["pre_scale"] = torch.rand(1, 256) + 0.5  # what is in between is not one kernel with it
+    assert not format.rounds(x, packed)
+    if format != DENSE:
+        y = format.linear(both, packed, gate=activation, residual=residual)
+        torch.testing.assert_close(y, format.linear(x, packed, residual=residual))
 
 
 @pytest.mark.parametrize("format", [Int8(static=True), Fp8("channel", static=True)], ids=str)

@@ -111,24 +111,31 @@ class Linear(nn.Module):
         activation: str | None = None,
         residual: Tensor | None = None,
         in_place: bool = False,
+        gate: str | None = None,
     ) -> Tensor:
         """Multiply `x` [..., in_features]; `residual` [..., out_features] is added last.
 
-        in_place: nobody reads `residual` again, so the result may be written over it.
+        in_place: nobody reads `residual` again, so the result may be written over it. gate: an
+        activation; `x` [..., 2 · in_features] is [gate, up] then, and gate(gate) · up is multiplied.
         """
         x, prologue = _before_linear(x, norm)
         if self.sums_ranks:
-            y = parallel.all_reduce(self.format.linear(x, self.packed(), norm=prologue))
+            y = parallel.all_reduce(self.format.linear(x, self.packed(), norm=prologue, gate=gate))
             return self._finish(y, activation, residual)
         return self.format.linear(
             x,
             self.packed(),
             norm=prologue,
+            gate=gate,
             bias=self.bias,
             activation=activation,
             residual=residual,
             in_place=in_place,
         )
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether rows like `x` are rounded to 8 bit before they are multiplied, and nothing else is done."""
+        return self.format.rounds(x, self.packed())
 
     def gated(self, x: Tensor, norm: RMSNorm | LayerNorm | None, activation: str) -> Tensor:
         """act(gate(x)) · up(x) [..., out_features / 2], where the first half of the outputs is gate's."""

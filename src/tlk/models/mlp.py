@@ -24,6 +24,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm | LayerNorm, in_place: bool = False) -> Tensor:
         """`x` [T, hidden] plus the MLP of norm(x); `in_place`: the sum may be written over `x`."""
+        if self.gate_up.rounds(x) and self.down.rounds(x):
+            # act(gate) · up and its rounding are one kernel
+            both = self.gate_up(x, norm)
+            return self.down(both, residual=x, in_place=in_place, gate=self.activation)
         y = self.gate_up.gated(x, norm, self.activation)
         return self.down(y, residual=x, in_place=in_place)
 

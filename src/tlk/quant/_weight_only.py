@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tlk.kernels.dequant_mm import dequant_mm
 from tlk.kernels.dequantize import dequantize
-from tlk.quant.format import Norm, Packed, prepare_input
+from tlk.quant.format import Norm, Packed, act_and_mul, prepare_input
 
 
 class WeightOnly:
@@ -20,6 +20,10 @@ class WeightOnly:
     def act(self) -> torch.dtype | None:
         """None: activations stay in the model's dtype."""
         return None
+
+    def rounds(self, x: Tensor, packed: Packed) -> bool:
+        """False: activations stay in the model's dtype."""
+        return False
 
     @property
     def deterministic(self) -> bool:
@@ -36,12 +40,14 @@ class WeightOnly:
         packed: Packed,
         *,
         norm: Norm | None = None,
+        gate: str | None = None,
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
         in_place: bool = False,
     ) -> Tensor:
-        """act(norm(x) [..., k] · weightᵀ + bias) + residual [..., n]."""
+        """act(norm(x) [..., k] · weightᵀ + bias) + residual [..., n]; gate: of `x` [..., 2k] = [gate, up]."""
+        x = x if gate is None else act_and_mul(x, gate)
         x, norm = prepare_input(x, packed, norm)
         return multiply(self.kind, x, packed, norm, bias=bias, activation=activation,
                         residual=residual)  # fmt: skip

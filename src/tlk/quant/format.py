@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tlk.errors import UnsupportedError
+from tlk.kernels.activation import gelu_and_mul, silu_and_mul
 from tlk.kernels.gated_linear import gated_linear
 from tlk.kernels.matmul import matmul, matmul_add_
 from tlk.kernels.norm import rms_norm
@@ -56,6 +57,10 @@ class Format(Protocol):
         """Whether no row of a result depends on the others or on their number, bit for bit."""
         ...
 
+    def rounds(self, x: Tensor, packed: Packed) -> bool:
+        """Whether `linear` rounds `x` [..., k] to `act` with nothing but a norm before that."""
+        ...
+
     def empty(
         self,
         n: int,
@@ -87,6 +92,7 @@ class Format(Protocol):
         packed: Packed,
         *,
         norm: Norm | None = None,
+        gate: str | None = None,
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
@@ -94,7 +100,8 @@ class Format(Protocol):
     ) -> Tensor:
         """act(norm(x) [..., k] · weightᵀ + bias [n]) + residual [..., n], in as few kernels as it takes.
 
-        in_place: nobody reads `residual` again, so the result may be written over it.
+        gate: an activation; then `x` [..., 2k] is [gate, up], what is multiplied is gate(gate) · up,
+        and there is no norm. in_place: nobody reads `residual` again, so the result may be written over it.
         """
         ...
 
@@ -124,6 +131,9 @@ class Dense:
     def act(self) -> torch.dtype | None:
         return None
 
+    def rounds(self, x: Tensor, packed: Packed) -> bool:
+        return False
+
     def empty(
         self,
         n: int,
@@ -148,12 +158,14 @@ class Dense:
         packed: Packed,
         *,
         norm: Norm | None = None,
+        gate: str | None = None,
         bias: Tensor | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
         in_place: bool = False,
     ) -> Tensor:
         weight, backend = packed["weight"], self._backend
+        x = x if gate is None else act_and_mul(x, gate)
         if norm is None and residual is not None and in_place:
             return matmul_add_(residual, x, weight, bias, activation=activation, backend=backend)
         if norm is None:
@@ -205,6 +217,13 @@ def check_fits(format: Format, n: int, k: int) -> None:
     """Raise ValueError if `format` cannot store an [n, k] weight."""
     if reason := format.refusal(n, k):
         raise ValueError(f"{format} cannot store a weight [{n}, {k}]: {reason}")
+
+
+def act_and_mul(both: Tensor, activation: str) -> Tensor:
+    """act(gate) · up [..., I] of `both` [..., 2I] = [gate, up]."""
+    if activation == "silu":
+        return silu_and_mul(both)
+    return gelu_and_mul(both, "tanh" if activation == "gelu_tanh" else "none")
 
 
 def prepare_input(x: Tensor, packed: Packed, norm: Norm | None) -> tuple[Tensor, Norm | None]:

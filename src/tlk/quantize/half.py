@@ -116,6 +116,10 @@ class _Reader:
     def __init__(self, read: Callable[[Tensor], object]) -> None:
         self.read = read
 
+    def rounds(self, x: Tensor, packed: Packed) -> bool:
+        """False: what is read is what an unquantized layer would multiply."""
+        return False
+
     def linear(
         self, x: Tensor, packed: Packed, *, residual: Tensor | None = None, **options: Any
     ) -> Tensor | None:
