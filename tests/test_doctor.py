@@ -7,7 +7,7 @@ import torch
 from tlk import doctor
 from tlk.doctor import check, usable
 from tlk.errors import UnsupportedError
-from tlk.kernels import paged_prefill, toolchain, tuning
+from tlk.kernels import toolchain, tuning
 from tlk.kernels.tunable import TUNABLE
 
 
@@ -54,13 +54,16 @@ def test_without_a_gpu_everything_is_usable_and_said(bare):
     assert str(found("GPU")).startswith("note  GPU             none: every op runs as its PyTorch")
 
 
-def test_the_kernel_for_sm_90_or_why_not(gpu, monkeypatch):
-    monkeypatch.setattr(paged_prefill, "gluon_missing", lambda: None)
-    assert str(found("prefill")) == "ok    prefill         the kernel for sm_90"
-    monkeypatch.setattr(paged_prefill, "gluon_missing", lambda: "another Triton")
-    assert found("prefill").state == "note" and "another Triton" in found("prefill").message
+def test_each_kernel_in_gluon_or_why_not(gpu, monkeypatch):
+    known = {"flash_attention": None, "scaled": "another Triton"}
+    monkeypatch.setattr(doctor, "gluon_kernels", lambda: known)
+    assert str(found("flash_attention")) == "ok    flash_attention the kernel in Gluon, for sm_90"
+    assert found("scaled").state == "note" and "another Triton" in found("scaled").message
     gpu.sm = 89
-    assert found("prefill").message == "the portable kernels"
+    ours, other = (found(name).message for name in known)
+    assert ours == "a kernel in Gluon is for sm_90, this is sm_89"
+    assert other == f"{ours}; with this Triton: another Triton"
+    assert usable(check())
 
 
 def test_without_a_gpu_a_missing_compiler_is_a_note(bare, monkeypatch):

@@ -13,8 +13,9 @@ import torch
 from triton import knobs
 
 from tlk.errors import UnsupportedError
-from tlk.kernels import paged_prefill, toolchain, tuning
+from tlk.kernels import toolchain, tuning
 from tlk.kernels._device import sm
+from tlk.kernels.gluon import gluon_kernels
 from tlk.kernels.tunable import TUNABLE
 
 OLDEST_SM = 75
@@ -45,7 +46,7 @@ def check() -> list[Check]:
         _only_a_note_without_a_gpu(_compiler()),
         _only_a_note_without_a_gpu(_ptxas()),
         _tables(),
-        _prefill(),
+        *_gluon(),
         _folder("tlk's cache", tuning.cache_dir()),
         _folder("Triton's cache", Path(knobs.cache.dir)),
     ]
@@ -162,15 +163,21 @@ def _source(op: str, version: int, device: torch.device, found: list[tuning.Tabl
     return f"heuristic for sm_{sm(device)}, not measured"
 
 
-def _prefill() -> Check:
-    """Which attention kernel long prompts get: on sm_90 there is a faster one for some Tritons."""
-    if not torch.cuda.is_available() or sm(torch.device("cuda")) != 90:
-        return Check("prefill", "ok", "the portable kernels")
-    if (reason := paged_prefill.gluon_missing()) is not None:
-        return Check(
-            "prefill", "note", f"the portable kernel, slower than that for sm_90: {reason}"
-        )
-    return Check("prefill", "ok", "the kernel for sm_90")
+def _gluon() -> list[Check]:
+    """Which kernels have a faster one in Gluon, for sm_90 and some Tritons, and whether it runs here."""
+    arch = sm(torch.device("cuda")) if torch.cuda.is_available() else None
+    here = "there is no GPU" if arch is None else f"this is sm_{arch}"
+    checks = []
+    for name, reason in gluon_kernels().items():
+        if arch != 90:
+            more = f"; with this Triton: {reason}" if reason else ""
+            checks.append(Check(name, "ok", f"a kernel in Gluon is for sm_90, {here}{more}"))
+        elif reason is None:
+            checks.append(Check(name, "ok", "the kernel in Gluon, for sm_90"))
+        else:
+            slower = f"the portable kernel, slower than the one in Gluon: {reason}"
+            checks.append(Check(name, "note", slower))
+    return checks
 
 
 def _folder(name: str, path: Path) -> Check:
