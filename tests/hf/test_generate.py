@@ -754,9 +754,9 @@ def test_a_failing_engine_is_never_covered_up(models, monkeypatch):
     assert engine_of(pair[1]) is not engine
 
 
-def test_a_pool_that_does_not_fit_is_refused(models, monkeypatch):
-    pair = models()
-    pair[1]._execution.free()
+def test_a_pool_that_does_not_fit_is_refused(monkeypatch):
+    long = {"max_position_embeddings": 512}
+    pair = fresh(**long), tlk.optimize(fresh(**long))
     with monkeypatch.context() as patch:
         room = 2 * PAGE * 512
         patch.setattr(generate_module.Runtime, "_room", lambda self: room)
@@ -765,7 +765,6 @@ def test_a_pool_that_does_not_fit_is_refused(models, monkeypatch):
         with pytest.raises(CapacityError, match=message):
             pair[1].generate(**prompts(1, tokens - 30, paddings=()), max_new_tokens=30)
         agree(pair, prompts(3, paddings=()), max_new_tokens=20)  # one after the other
-    pair[1]._execution.free()
 
 
 def test_two_calls_at_once(models):

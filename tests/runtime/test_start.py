@@ -53,10 +53,10 @@ def test_a_cpu_has_a_gibibyte_of_cache_unless_less_is_of_use():
 @needs_gpu
 def test_the_pool_takes_what_the_share_leaves():
     total = torch.cuda.mem_get_info()[1]
-    runner, s = started(gpu_memory_utilization=0.5, max_num_seqs=4096)
+    runner, s = started(gpu_memory_utilization=0.18, max_num_seqs=4096)
     assert set(s.timings) == {"warm-up", "capture"}
     used = total - torch.cuda.mem_get_info()[0]
-    assert 0.45 * total < used <= 0.5 * total
+    assert 0.15 * total < used <= 0.18 * total
     assert s.ledger.activations > 0 and runner.graphs is not None
 
 

@@ -113,9 +113,10 @@ def _attend_rows(
 ):  # fmt: skip
     """BLOCK_M rows of a sequence's `queries`, from `row`: the result, or this split's part of it."""
     rows = row + tl.arange(0, BLOCK_M)
-    # of codes, tensor cores take halves of the columns, at least 16
-    d = tl.arange(0, triton.next_power_of_2(D) if D > 16 or PAIRS is None else 32)
-    dv = tl.arange(0, triton.next_power_of_2(DV) if DV > 16 or PAIRS is None else 32)
+    # Of codes, tensor cores take halves of the columns, at least 16. Halves of 16 columns of values made
+    # Triton 3.6 read behind its shared memory where tiles of keys follow one another (H100): so 32.
+    d = tl.arange(0, triton.next_power_of_2(D) if D > 32 or PAIRS is None else 64)
+    dv = tl.arange(0, triton.next_power_of_2(DV) if DV > 32 or PAIRS is None else 64)
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + rows % GROUP
     live = rows < queries * GROUP
