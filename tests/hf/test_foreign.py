@@ -102,6 +102,26 @@ def test_what_transformers_loads_wrong_is_refused(original, tmp_path):
         tlk.optimize(model)
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "method"),
+    [
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "zero_point": True}, "awq"),
+    ],
+)
+def test_what_only_old_files_say_is_refused(file, fields, method, original, tmp_path):
+    original.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(fields))
+    model = loaded(tmp_path)
+    with pytest.raises(CheckpointError, match=f"quantized with {method}, and transformers loaded"):
+        tlk.optimize(model)
+    cache = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / file).unlink()
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(cache))
+    assert take_over(model) == []
+
+
 @pytest.mark.parametrize("name", ["int4", "nf4", "fp8"])
 def test_optimize_runs_what_transformers_loaded(name, original, tmp_path):
     saved = quantized(original, CASES[name])

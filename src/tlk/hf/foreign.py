@@ -6,12 +6,14 @@ that they have in files, so they are read as files are, and the modules become `
 `register_quantizers` they are that from the start.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tlk.errors import CheckpointError, UnsupportedError
+from tlk.hf.hub import QUANTIZATION, read_config, read_quantization
 from tlk.hf.quant_linear import quantized_like
 from tlk.hf.quantizer import is_ours
 from tlk.quant.files.layer import Layer, Scheme
@@ -70,18 +72,32 @@ def take_over(model: nn.Module) -> list[str]:
 def quantization_of(model: Any) -> dict[str, Any] | None:
     """How the checkpoint that transformers loaded into `model` was quantized; None: it was not.
 
-    CheckpointError if transformers does not know the method: it takes the codes for weights then.
+    CheckpointError if transformers does not know the method, or does not look where old files say it:
+    it takes the codes for weights then.
     """
     fields = getattr(getattr(model, "config", None), "quantization_config", None)
-    if fields is None:
+    if fields is None and (fields := _said_elsewhere(model)) is None:
         return None
     fields = dict(fields) if isinstance(fields, dict) else dict(fields.to_dict())
     if getattr(model, "hf_quantizer", None) is None:
         raise CheckpointError(
-            f"the config says that the weights are quantized with {method_of(fields)}, and transformers "
+            f"its files say that the weights are quantized with {method_of(fields)}, and transformers "
             f"loaded them as if they were not: {HOW}"
         )
     return fields
+
+
+def _said_elsewhere(model: Any) -> dict[str, Any] | None:
+    """What lies beside the config.json of a model from a folder, if only that says it is quantized."""
+    folder = Path(getattr(model, "name_or_path", "") or "")
+    if "_tlk_stored" in model.__dict__ or not folder.name or not (folder / "config.json").is_file():
+        return None
+    config = read_config(folder)
+    if any(config.get(name) for name in QUANTIZATION):
+        return None  # transformers knew, and the user has had it dequantized
+    fields = read_quantization(folder, config)
+    algorithm = (fields or {}).get("quantization", {"quant_algo": ""}).get("quant_algo")
+    return fields if algorithm is not None else None  # ModelOpt: the cache alone
 
 
 def _quantized(module: nn.Module, scheme: Scheme) -> bool:

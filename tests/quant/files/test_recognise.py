@@ -1,9 +1,10 @@
 import json
+import re
 
 import pytest
 import torch
 
-from tests.quant.golden.load import FOLDER, cases, check, script_hash
+from tests.quant.golden.load import FOLDER, cases, check, script_hash, versions
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.quant.files.recognise import METHODS, method_of, recognise
 from tlk.quant.int4 import Int4
@@ -16,6 +17,7 @@ ALL = [(tool, name) for tool in TOOLS for name in cases(tool)]
 def test_golden_files_are_of_the_scripts_beside_them(tool):
     now, then = script_hash(tool)
     assert now == then, f"run make_{tool}.py again: it has changed since it wrote its file"
+    assert re.match(r"\d+\.\d+", versions(tool)[tool.replace("_", "-")])
     assert (FOLDER / f"{tool}.safetensors").stat().st_size < 2**20
 
 
@@ -94,6 +96,7 @@ def test_scales_that_are_no_numbers_are_refused(tool, name, bad):
         ({"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
         ({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}, "awq"),
         ({"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+        ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, "modelopt"),
         ({"load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
@@ -135,7 +138,10 @@ GROUP = {
         ({"quant_method": "fp8", "weight_block_size": [1, 32]}, r"weight_block_size \[1, 32\]"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "must be dynamic"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "version 'gemv_fast'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'"),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "quant_algo 'MXFP8'"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp8-quantized", "config_groups": {"a": GROUP}}, "format 'mxfp8-quantized' of a"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "without quantized_layers"),
         ({"quant_method": "compressed-tensors"}, "without config_groups"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": GROUP}}, "format 'marlin-24' of a"),

@@ -62,3 +62,9 @@ def script_hash(tool: str) -> tuple[str, str]:
     with safe_open(FOLDER / f"{tool}.safetensors", "pt") as file:
         then = file.metadata()["script"]
     return hashlib.sha256((FOLDER / f"make_{tool}.py").read_bytes()).hexdigest(), then
+
+
+def versions(tool: str) -> dict[str, str]:
+    """Of the packages that wrote the file of `tool`."""
+    with safe_open(FOLDER / f"{tool}.safetensors", "pt") as file:
+        return dict(json.loads(file.metadata()["versions"]))

@@ -35,7 +35,8 @@ def recognise(fields: Mapping[str, Any]) -> Scheme:
 def method_of(fields: Mapping[str, Any]) -> str:
     """The name of the method; of old files, which have none, by the fields they have."""
     if name := fields.get("quant_method") or fields.get("quant_type"):
-        return str(getattr(name, "value", name)).lower()
+        name = str(getattr(name, "value", name)).lower()
+        return "modelopt" if name.startswith("modelopt_") else name  # vLLM's name for its NVFP4
     if "quantization" in fields or "quant_algo" in fields:
         return "modelopt"
     if "w_bit" in fields or "zero_point" in fields:

@@ -129,11 +129,13 @@ def _codes(packed: Packed) -> Tensor:
 
 
 def half_scales(module: str, packed: Packed) -> None:
-    """Raise ScaleError unless float16 holds the scales exactly."""
+    """Raise ScaleError, naming the file's tensor, unless float16 holds the scales exactly."""
     scale = packed["scale"].float()
     held = (scale >= SMALLEST) & (scale <= LARGEST) & (scale.half().float() == scale)
     if not bool(held.all()):
-        raise ScaleError(f"{module} has {int((~held).sum())} scales that float16 does not hold")
+        raise ScaleError(
+            f"{module}.scales has {int((~held).sum())} scales that float16 does not hold"
+        )
 
 
 def _awq(module: str, format: Format, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
