@@ -39,15 +39,15 @@ def test_a_layer(benchmark, name):
     config = QuantConfig(METHODS[name], calibration=ids)
 
     def run(decoder: Any, sources: Any) -> Any:
-        found = quantize_decoder(decoder, sources, config, None, progress=False)[1]
+        found = quantize_decoder(decoder, sources, config, None, progress=False)
         if CUDA:
             torch.cuda.synchronize()
         return found
 
     found = benchmark.pedantic(run, setup=layer, rounds=ROUNDS, warmup_rounds=1)
-    assert len(found.report) == 7
-    errors = {module: report["output_error"] for module, report in found.report.items()}
+    assert len(found["layers"]) == 7
+    errors = {module: report["output_error"] for module, report in found["layers"].items()}
     benchmark.extra_info.update(
-        shape=SHAPE, tokens=ids.numel(), method=config.method, memory_gib=found.memory / 2**30,
+        shape=SHAPE, tokens=ids.numel(), method=config.method, memory_gib=found["memory_bytes"] / 2**30,
         output_errors=errors, gpu=torch.cuda.get_device_name() if CUDA else None,
     )  # fmt: skip

@@ -70,3 +70,20 @@ def test_restore_copies_and_pickles(tmp_path):
 def test_auto_is_not_a_model():
     with pytest.raises(TypeError, match="from_pretrained"):
         tlk.AutoModelForCausalLM()
+
+
+@torch.no_grad()
+def test_from_pretrained_quantizes(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tiny("llama", **sizes).save_pretrained(tmp_path / "in")
+    config = tlk.QuantConfig("int4-gptq", group_size=32)
+    ids = torch.randint(0, 99, (4, 24), generator=torch.Generator().manual_seed(0))
+    for kind, how in (
+        (tlk.LlamaForCausalLM, {"quantization": "fp8"}),
+        (tlk.AutoModelForCausalLM, {"quantization": config, "calibration": ids}),
+    ):
+        model = kind.from_pretrained(tmp_path / "in", dtype=torch.float32, **how)
+        assert sum(tlk.report(model).quantized.values()) == 14
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="out is quantized already: quantization must be None"):
+        tlk.LlamaForCausalLM.from_pretrained(tmp_path / "out", quantization="fp8")

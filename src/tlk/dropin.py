@@ -15,19 +15,35 @@ from tlk.hf.checkpoint import load
 from tlk.hf.execution import Optimized
 from tlk.hf.quantized_model import is_quantized, load_quantized
 from tlk.optimize import optimize
+from tlk.quant.config import QuantConfig
 
 
 def _optimized(
-    kind: Any, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    kind: Any,
+    path: Any,
+    *args: Any,
+    quantization: str | QuantConfig | None = None,
+    calibration: Any = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """What `kind.from_pretrained` loads, strictly, and optimized."""
     model, info = load(kind, path, *args, **kwargs)
-    optimize(model)
+    optimize(model, quantization=quantization, calibration=calibration)
     return (model, info) if output_loading_info else model
 
 
-def _around_decoder(kind: Any, path: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+def _around_decoder(
+    kind: Any,
+    path: Any,
+    *,
+    quantization: str | QuantConfig | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
     """The quantized checkpoint at `path` as a model of class `kind`, optimized."""
+    if quantization is not None:
+        raise ValueError(f"{path} is quantized already: quantization must be None for it")
     model = optimize(load_quantized(kind, path, **kwargs))
     info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set()}
     return (model, info) if output_loading_info else model
@@ -44,8 +60,8 @@ class _DropIn(Optimized):
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' from_pretrained, with its arguments; returns an optimized model.
 
-        A quantized checkpoint is read by tlk, in any of the formats that it knows, with the arguments
-        dtype and device_map. Raises CheckpointError for a corrupt, truncated, pickled or mismatching
+        quantization and calibration are as in `tlk.optimize`. A quantized checkpoint is read by tlk, in
+        any of the formats that it knows, with the arguments dtype and device_map. Raises CheckpointError for a corrupt, truncated, pickled or mismatching
         checkpoint.
         """
         if not args and is_quantized(path):
@@ -81,7 +97,9 @@ class AutoModelForCausalLM:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' from_pretrained, with its arguments; loading is strict as above."""
+        """As transformers' from_pretrained, with its arguments, and quantization and calibration as in
+        `tlk.optimize`; loading is strict as above.
+        """
         if not args and is_quantized(path):
             return _around_decoder(transformers.AutoModelForCausalLM, path, **kwargs)
         return _optimized(transformers.AutoModelForCausalLM, path, *args, **kwargs)

@@ -50,7 +50,8 @@ def optimize(
     max_num_seqs: sequences of one generate that run at once, the others wait; None: up to 256, and
     memory for as many as there are. max_model_len: tokens of prompt and continuation that the pool
     has room for from the start, for each of them; None: what the calls need.
-    kv_cache_dtype: "fp8" or "int8" keep keys and values in 8 bits; "auto": as the model computes them.
+    kv_cache_dtype: "fp8" or "int8" keep keys and values in 8 bits, with scales from `calibration` where
+    the model is quantized now, else the checkpoint's; "auto": as the model computes them.
 
     Raises TypeError if `model` is no torch module, ValueError for a limit below 1, UnsupportedError for
     another kv_cache_dtype. A model of an
@@ -60,7 +61,9 @@ def optimize(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     limits = Limits(max_num_seqs, max_model_len, kv_cache_dtype)
     if quantization is not None:
-        quantize_in_place(model, quantization, calibration, strict=strict)
+        quantize_in_place(
+            model, quantization, calibration, kv_cache_dtype=kv_cache_dtype, strict=strict
+        )
     elif calibration is not None:
         raise ValueError("calibration needs a quantization that it is for")
     if not isinstance(model, Optimized):

@@ -211,7 +211,9 @@ def test_scales_that_float16_does_not_hold_go_to_compressed_tensors(original, tm
     tiny[name]["scale"] = tiny[name]["scale"].clone()
     tiny[name]["scale"][0, 0] = 1e-9
     object.__setattr__(saved, "layers", lambda: iter(tiny.items()))
-    with pytest.raises(UnsupportedError, match=f"{name} has 1 scales that float16 does not hold"):
+    with pytest.raises(
+        UnsupportedError, match=rf"{name}\.scales has 1 scales that float16 does not hold"
+    ):
         save_quantized(saved, tmp_path / "out", format="awq")
     assert save_quantized(saved, tmp_path / "out") == "compressed-tensors"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -261,3 +263,15 @@ def test_scales_of_the_cache_are_saved_and_loaded(kv_dtype, original, tmp_path):
     for (k, v), (ours_k, ours_v) in zip(scales.values(), loaded.kv_scales, strict=True):
         assert torch.equal(k, ours_k) and torch.equal(v, ours_v)
     assert quantized_checkpoint.SHARD == 5_000_000_000
+
+
+def test_layouts_without_a_field_for_the_cache_hold_scales_of_fp8(original, tmp_path):
+    saved = quantized(original, Int4(symmetric=False))
+    scales = {f"model.layers.{i}.self_attn": (torch.ones(2), torch.ones(2)) for i in (0, 1)}
+    object.__setattr__(saved, "kv_scales", scales)
+    object.__setattr__(saved, "kv_dtype", "int8")
+    assert save_quantized(saved, tmp_path / "out") == "awq"
+    decoder = load_decoder(str(tmp_path / "out"), progress=False).decoder
+    for scale in (s for pair in decoder.cache_scales(torch.int8) for s in pair):
+        torch.testing.assert_close(scale, torch.ones(2), rtol=2**-8, atol=0)
+    assert decoder.cache_scales(torch.float8_e4m3fn)[0][0][0] < 0.3

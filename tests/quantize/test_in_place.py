@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import tlk
 from tests.models.zoo import tiny
 from tlk.errors import UnsupportedError
 from tlk.hf.quant_linear import QuantLinear
+from tlk.models.decoder import kv_scales_of
 from tlk.quant.config import QuantConfig
 from tlk.quantize.in_place import quantize_in_place
 
@@ -106,8 +109,43 @@ def test_what_is_saved_is_loaded_with_the_same_codes(method, tmp_path):
     assert type(any_class).__name__ == "LlamaForCausalLM"
     with pytest.raises(UnsupportedError, match="is quantized itself"):
         tlk.restore(again)
+    told = json.loads((folder / "tlk_quant.json").read_text())
+    assert told["method"] == method and told["calibration"] is None and len(told["layers"]) == 14
+    assert told["layers"]["model.layers.1.mlp.up_proj"]["weight_error"] > 0
+    assert set(told["versions"]) == {"tlk", "torch", "triton", "transformers"} and told["format"]
     with pytest.raises(FileExistsError, match="there already"):
         model.save_pretrained(folder)
     with pytest.raises(TypeError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "other", push_to_hub=True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_scales_of_the_cache_are_calibrated_kept_saved_and_loaded(name, tmp_path):
+    """By optimize and by LLM, and from a checkpoint for a cache of either dtype."""
+    config = QuantConfig("fp8", calibration=IDS)
+    model = tlk.optimize(tiny("llama", **SIZES), quantization=config, kv_cache_dtype=name)
+    scales = kv_scales_of(model._execution.binding.decoder)
+    assert len(scales) == 2 and all(
+        (s > 0).all() and s.shape == (2,) for kv in scales.values() for s in kv
+    )
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/tlk_quant.json").read_text())["kv_cache_dtype"] == name
+    again = tlk.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for kind, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        tlk.optimize(again, kv_cache_dtype=kind)  # UncalibratedWarning would be an error
+        tokens = again(IDS[:1], use_cache=True).past_key_values.kv.layers[0]
+        assert tokens.k.dtype == dtype
+        for i, pair in enumerate(again._execution.binding.decoder.cache_scales(dtype)):
+            for found, here in zip(scales[i], pair, strict=True):
+                factor = 1 if kind == name else 448 / 127 if name == "fp8" else 127 / 448
+                torch.testing.assert_close(here, found * factor, rtol=1e-5, atol=0)
+    options = {"max_model_len": 32, "max_num_seqs": 2, "kv_cache_memory": 2**20}
+    tiny("llama", **SIZES).save_pretrained(tmp_path / "in")
+    llm = tlk.LLM(
+        str(tmp_path / "in"), quantization=config, kv_cache_dtype=name, dtype="float32", **options
+    )
+    mine = kv_scales_of(llm.engine._runner.decoder)
+    torch.testing.assert_close(mine, scales)
+    shared = tlk.LLM(again, kv_cache_dtype=name, **options)
+    assert len(kv_scales_of(shared.engine._runner.decoder)) == 2

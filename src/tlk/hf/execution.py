@@ -78,6 +78,8 @@ class Execution:
             self.unbind()
             try:
                 self.binding = bind(model, self.limits.kv_cache_dtype)
+                if (found := model.__dict__.get("_tlk_kv_scales")) is not None:
+                    set_kv_scales(self.binding.decoder, *found)  # the checkpoint's, or calibrated
                 set_kv_scales(self.binding.decoder, self.kv_scales)
             except UnsupportedError as error:
                 self.refused = str(error)

@@ -6,6 +6,7 @@ quantized layers are `QuantLinear`s of the same names, its other parameters view
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tlk.errors import UnsupportedError
 from tlk.hf.hub import QUANTIZATION, read_config, read_quantization, snapshot
 from tlk.hf.quant_linear import QuantLinear, quantized_like
 from tlk.hf.quantized_checkpoint import SHARD, QuantizedModel, save_quantized
+from tlk.hf.quantized_weights import kv_dtype_of
 from tlk.hf.weights import load_decoder
-from tlk.models.decoder import Decoder, linears
+from tlk.models.decoder import Decoder, kv_scales_of, linears
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.format import Dense, rows
 from tlk.runtime.options import pick_device
@@ -63,6 +65,8 @@ def load_quantized(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.__dict__["_tlk_stored"] = stored
+    if kv_scales := kv_scales_of(loaded.decoder):
+        model.__dict__["_tlk_kv_scales"] = kv_scales, kv_dtype_of(loaded.quantization or {})
     return model.eval()
 
 
@@ -152,6 +156,13 @@ def save(model: Any, folder: Path, *, format: str | None = None, shard: int = SH
         dense=lambda: ((n, p.detach()) for n, p in model.named_parameters()),
         linears=linear,
         dtype=next(model.parameters()).dtype,
+    )
+    attentions = [n for n, m in model.named_modules() if hasattr(m, "q_proj")]
+    kv_scales, kv_dtype = model.__dict__.get("_tlk_kv_scales") or ({}, torch.float8_e4m3fn)
+    stored = replace(
+        stored,
+        kv_scales={attentions[i]: scales for i, scales in kv_scales.items()},
+        kv_dtype=("int8" if kv_dtype == torch.int8 else "fp8") if kv_scales else None,
     )
     report = model.__dict__.get("_tlk_report")
     if folder.is_dir() and not any(folder.iterdir()):

@@ -10,7 +10,7 @@ parameters that costs the codes of one layer.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -230,6 +230,14 @@ def _attention_modules(decoder: Decoder, sources: Mapping[str, tuple[str, ...]])
         if isinstance(module, Attention):
             query = sources[f"{name}.qkv.weight"][0]
             yield query.removesuffix(".weight").rpartition(".")[0]
+
+
+def kv_dtype_of(fields: Mapping[str, Any]) -> torch.dtype:
+    """What the scales of the cache are for: int8 where the quantization config says so, else E4M3."""
+    scheme = fields.get("kv_cache_scheme") or {}
+    of_modelopt = fields.get("quantization", fields).get("kv_cache_quant_algo") or ""
+    is_int = scheme.get("type") == "int" or str(of_modelopt).upper() == "INT8"
+    return torch.int8 if is_int else torch.float8_e4m3fn
 
 
 def read_kv_scales(

@@ -25,7 +25,13 @@ from tqdm import tqdm
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.checkpoint import open_files
 from tlk.hf.hub import complete_config, read_config, read_quantization, snapshot
-from tlk.hf.quantized_weights import KVScales, load_quantized_layers, plan, read_kv_scales
+from tlk.hf.quantized_weights import (
+    KVScales,
+    kv_dtype_of,
+    load_quantized_layers,
+    plan,
+    read_kv_scales,
+)
 from tlk.models.decoder import Decoder, set_kv_scales
 from tlk.models.families import FAMILIES, check_weights, load_weights, weight_sources
 from tlk.models.layers import LayerNorm, RMSNorm
@@ -100,7 +106,8 @@ def load_decoder(
             load_weights(decoder, quantized.sources, dense, bar.update)
             load_quantized_layers(decoder, quantized, tensors, torch.device(device), bar.update)
         kv_scales = read_kv_scales(decoder, quantized, tensors)
-        set_kv_scales(decoder, {i: own for i, own in enumerate(kv_scales) if own is not None})
+        found = {i: own for i, own in enumerate(kv_scales) if own is not None}
+        set_kv_scales(decoder, found, kv_dtype_of(quantization or {}))
     seconds = time.perf_counter() - started
     return LoadedDecoder(
         decoder, config, config["model_type"], chosen, _bytes(decoder), seconds, quantization, kv_scales

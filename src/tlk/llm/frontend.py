@@ -54,7 +54,8 @@ class Frontend:
         max_num_batched_tokens: tokens of one step. gpu_memory_utilization: the share of the GPU's memory
         that weights, graphs, activations and cache may take; kv_cache_memory: bytes of the cache instead
         (on a CPU 1 GiB unless given). kv_cache_dtype: "auto", "fp8", "int8", or "float32",
-        "float16" or "bfloat16"; 8 bits with the checkpoint's scales, else 1 and an UncalibratedWarning.
+        "float16" or "bfloat16"; 8 bits with the checkpoint's scales, or those that `calibration` gives, else 1
+        and an UncalibratedWarning.
         quantization: a method or QuantConfig, for a checkpoint in 16 bit; one that is quantized is recognized
         by itself. calibration: texts, a JSONL file's path or token ids, where the method needs them.
         enforce_eager: no CUDA graphs. compile: torch.compile of the decoder, inside the graphs.
@@ -83,7 +84,7 @@ class Frontend:
             deterministic=deterministic,
             seed=seed,
         )
-        loaded = load(model, dtype, device, tokenizer, wanted)
+        loaded = load(model, dtype, device, tokenizer, wanted, kv_cache_dtype)
         self.engine = Engine(loaded.decoder, options, eos=loaded.eos, progress=True)
         self.default_params = loaded.default
         self.timings: dict[str, float] = {"load": loaded.seconds, **self.engine.timings}

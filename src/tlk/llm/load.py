@@ -14,7 +14,7 @@ from tlk.hf.checkpoint import load_tokenizer
 from tlk.hf.hub import GENERATION, generation_defaults, snapshot
 from tlk.hf.weights import load_decoder
 from tlk.llm.inputs import Text
-from tlk.models.decoder import Decoder
+from tlk.models.decoder import Decoder, set_kv_scales
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.config import QuantConfig
 from tlk.quantize.in_place import quantize_decoder
@@ -38,13 +38,19 @@ class Loaded:
 
 
 def load(
-    model: Any, dtype: str, device: str, tokenizer: Any, quantization: QuantConfig | None = None
+    model: Any,
+    dtype: str,
+    device: str,
+    tokenizer: Any,
+    quantization: QuantConfig | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Loaded:
     """The model at a path or hub id, or a model object of transformers, whose weights are shared.
 
     dtype "auto" is the checkpoint's or the object's own; device "auto" the GPU if there is one, or
     where the object is. tokenizer: an object, a path or hub id, or None for the model's own.
-    quantization: what to make of a checkpoint's 16-bit weights.
+    quantization: what to make of a checkpoint's 16-bit weights; its calibration data then also finds
+    the scales of a cache of kv_cache_dtype "fp8" or "int8".
     """
     started = time.perf_counter()
     if isinstance(model, nn.Module):
@@ -61,7 +67,7 @@ def load(
         decoder = loaded.decoder
         if quantization is not None:
             sources = weight_sources(FAMILIES[loaded.family], decoder.config)
-            quantize_decoder(decoder, sources, quantization, folder)
+            quantize_decoder(decoder, sources, quantization, folder, kv_cache_dtype=kv_cache_dtype)
         how = generation_defaults(str(folder))
     else:
         raise TypeError(
@@ -89,7 +95,10 @@ def _shared(model: nn.Module, dtype: str, device: str) -> Decoder:
     own = str(some.dtype).removeprefix("torch.")
     if dtype not in ("auto", own):
         raise ValueError(f"dtype must be auto or the model's own, {own}, got {dtype}")
-    return bind(model).decoder
+    decoder = bind(model).decoder
+    if (found := model.__dict__.get("_tlk_kv_scales")) is not None:
+        set_kv_scales(decoder, *found)
+    return decoder
 
 
 def _habits(model: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tlk import parallel
+from tlk.kernels.act_quant import LARGEST
 from tlk.kernels.kv_cache import write_kv_
 from tlk.kernels.paged_attention import paged_attention
 from tlk.models.batch import Batch, LayerKV, PagedKV, Scales
@@ -49,17 +50,24 @@ class Attention(nn.Module):
         sinks = parameter(torch.empty(self.heads)) if config.sinks else None
         self.register_parameter("sinks", sinks)
         self.kv_scales: Scales | None = None  # of an 8-bit cache, if `set_kv_scales` left any
+        self.kv_dtype: torch.dtype | None = None  # of the cache that they were found for
 
     def cache_spec(self, dtype: torch.dtype, page_size: int) -> PagedKV:
         """What this layer keeps of every token, on this rank."""
         c = self.config
         return PagedKV(self.kv_heads, c.head_dim, c.v_head_dim, dtype, c.window, page_size)
 
-    def set_kv_scales(self, k_scale: Tensor | float, v_scale: Tensor | float) -> None:
+    def set_kv_scales(
+        self,
+        k_scale: Tensor | float,
+        v_scale: Tensor | float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """What an 8-bit cache divides keys and values by: one number, or one for each kv head.
 
-        The kv heads of the whole model; a rank keeps those of its own. Raises ValueError for another
-        count of them, or a scale that is not positive and finite.
+        The kv heads of the whole model; a rank keeps those of its own. dtype: of the cache they were
+        found for; None: whatever it is. Raises ValueError for another count of them, or a scale that
+        is not positive and finite.
         """
         every = parallel.world() * self.kv_heads
         mine = []
@@ -70,7 +78,15 @@ class Attention(nn.Module):
             if not (scale.isfinite() & (scale > 0)).all():
                 raise ValueError(f"{name} must be positive and finite, got {scale.tolist()}")
             mine.append(scale.expand(every).chunk(parallel.world())[parallel.rank()].clone())
-        self.kv_scales = mine[0], mine[1]
+        self.kv_scales, self.kv_dtype = (mine[0], mine[1]), dtype
+
+    def kv_scales_for(self, dtype: torch.dtype) -> Scales | None:
+        """The scales of a cache of `dtype`: those that were set, at the range that they were found for."""
+        if self.kv_scales is None or self.kv_dtype in (None, dtype):
+            return self.kv_scales
+        k, v = self.kv_scales
+        factor = LARGEST[self.kv_dtype] / LARGEST[dtype]
+        return k * factor, v * factor
 
     def forward(
         self,

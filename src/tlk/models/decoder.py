@@ -120,7 +120,8 @@ class Decoder(nn.Module):
                 UncalibratedWarning,
                 stacklevel=2,
             )
-        return [a.kv_scales or (torch.ones(a.kv_heads, device="cpu"),) * 2 for a in every]
+        ones = [torch.ones(a.kv_heads, device="cpu") for a in every]
+        return [a.kv_scales_for(dtype) or (one, one) for a, one in zip(every, ones, strict=True)]
 
     def forward(
         self, ids: Tensor | None, batch: Batch, cache: KVCache, embeds: Tensor | None = None
@@ -153,18 +154,25 @@ def attentions(decoder: Decoder) -> list[Attention]:
     return [layer.attention for layer in cast(Iterable[DecoderLayer], decoder.layers)]
 
 
-def set_kv_scales(decoder: Decoder, scales: KvScales) -> None:
+def set_kv_scales(decoder: Decoder, scales: KvScales, dtype: torch.dtype | None = None) -> None:
     """Set what an 8-bit cache of `decoder` divides by: layer → (k_scale, v_scale).
 
-    A scale is one number, or float32 with one for each kv head; used = stored · scale. Set them before
-    an engine or a cache is made; layers that are not named keep theirs. Raises ValueError for a layer that
-    is not there, and as `Attention.set_kv_scales` does.
+    A scale is one number, or float32 with one for each kv head; used = stored · scale. dtype: that of
+    the cache they were found for; another 8-bit cache then gets scales of the same range. None: they
+    are used as they are. Set them before an engine or a cache is made; layers that are not named keep
+    theirs. Raises ValueError for a layer that is not there, and as `Attention.set_kv_scales` does.
     """
     every = attentions(decoder)
     for index, (k_scale, v_scale) in scales.items():
         if not 0 <= index < len(every):
             raise ValueError(f"scales must name layers below {len(every)}, got {index}")
-        every[index].set_kv_scales(k_scale, v_scale)
+        every[index].set_kv_scales(k_scale, v_scale, dtype)
+
+
+def kv_scales_of(decoder: Decoder) -> dict[int, Scales]:
+    """What `set_kv_scales` left in each layer, on this rank; layers without are left out."""
+    every = enumerate(attentions(decoder))
+    return {i: attention.kv_scales for i, attention in every if attention.kv_scales is not None}
 
 
 def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
@@ -183,7 +191,7 @@ def twin(decoder: Decoder, *, deterministic: bool = False) -> Decoder:
             theirs.store(mine.format, mine.packed())
     other.load_state_dict(decoder.state_dict(), strict=True, assign=True)
     for layer, its in zip(attentions(decoder), attentions(other), strict=True):
-        its.kv_scales = layer.kv_scales
+        its.kv_scales, its.kv_dtype = layer.kv_scales, layer.kv_dtype
     return other.eval()
 
 

@@ -5,15 +5,11 @@ was: the layers before are stored again and the calibration data runs through th
 fraction of the time. At the end the pieces become the checkpoint, and the folder goes.
 """
 
-import hashlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tlk.hf.checkpoint import load_tokenizer
 from tlk.hf.partial import Partial
@@ -24,6 +20,7 @@ from tlk.quant.format import Format
 from tlk.quantize.calibration import LENGTH, SAMPLES, Calibration, read_calibration
 from tlk.quantize.pieces import Pieces
 from tlk.quantize.plan import Plan, plan
+from tlk.quantize.report import data_sha256, describe
 from tlk.quantize.run import KV_DTYPES, Quantized, data_is_needed, run
 from tlk.runtime.options import pick_device
 
@@ -86,7 +83,7 @@ def quantize(
             found.decoder, planned, data, place, kv_dtype=kv_cache_dtype, load=pieces.load,
             done=pieces.done, progress=progress,
         )  # fmt: skip
-        report = _report(found, planned, data, result, about, place)
+        report = describe(config, planned, data, result, place, kv_cache_dtype)
         model = _model(found, planned, pieces, result, kv_cache_dtype)
         layout = save_quantized(model, out, format=format, report=report, source=found.folder)
     partial.remove()
@@ -149,41 +146,13 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on where another stopped."""
     files = sorted({tensor.file for tensor in found.tensors.values()})
-    digest = None if data is None else hashlib.sha256(data.ids.numpy().tobytes()).hexdigest()
     return {
         "source": str(found.folder.resolve()),
         "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "config": config.to_dict(),
-        "calibration_sha256": digest,
+        "calibration_sha256": data_sha256(data),
         "kv_cache_dtype": kv_cache_dtype,
         "version": version("tlk"),
-    }
-
-
-def _report(
-    found: Streamed,
-    planned: Plan,
-    data: Calibration | None,
-    result: Quantized,
-    about: Mapping[str, Any],
-    device: torch.device,
-) -> dict[str, Any]:
-    """What tlk_quant.json holds."""
-    config: dict[str, Any] = about["config"]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "method": config["method"],
-        "config": config,
-        "calibration": None if data is None else data.description,
-        "calibration_sha256": about["calibration_sha256"],
-        "kv_cache_dtype": about["kv_cache_dtype"],
-        "layers": result.report,
-        "kept_in_16_bit": dict(planned.kept),
-        "fallbacks": [name for name, r in result.report.items() if "fallback" in r],
-        "seconds": round(result.seconds, 1),
-        "memory_bytes": result.memory,
-        "device": where or "cpu",
-        "versions": {p: version(p) for p in ("tlk", "torch", "triton", "transformers")},
     }
 
 

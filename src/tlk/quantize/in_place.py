@@ -13,15 +13,16 @@ from tlk.hf.binding import bind
 from tlk.hf.checkpoint import load, load_tokenizer
 from tlk.hf.quant_linear import QuantLinear
 from tlk.hf.quantized_model import adopt
-from tlk.models.decoder import Decoder, linears
+from tlk.models.decoder import Decoder, kv_scales_of, linears, set_kv_scales
 from tlk.models.families import FAMILIES, weight_sources
 from tlk.quant.config import QuantConfig
 from tlk.quant.format import Dense
 from tlk.quantize.calibration import LENGTH, SAMPLES
 from tlk.quantize.checkpoint import calibration_rows
 from tlk.quantize.layers import LayerResult
-from tlk.quantize.plan import Plan, plan
-from tlk.quantize.run import Quantized, by_layer, data_is_needed, run
+from tlk.quantize.plan import plan
+from tlk.quantize.report import describe
+from tlk.quantize.run import KV_DTYPES, by_layer, data_is_needed, run
 
 
 @torch.no_grad()
@@ -30,15 +31,17 @@ def quantize_in_place(
     quantization: str | QuantConfig,
     calibration: Any = None,
     *,
+    kv_cache_dtype: str | None = None,
     strict: bool = False,
     progress: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Store the linear layers of `model`, a causal language model of transformers, as `quantization` says.
 
-    One layer after another becomes `QuantLinear`s, and its 16-bit weights are let go. Returns for each
-    of the model's modules how it was made and how far it is off. Raises UnsupportedError for a model
-    that tlk does not run, or of which nothing can be quantized; ValueError for a model that is
-    quantized already, or without the calibration that a method needs.
+    One layer after another becomes `QuantLinear`s, and its 16-bit weights are let go. kv_cache_dtype:
+    "fp8" or "int8" also finds the scales of such a cache, if there is calibration data. Returns what
+    `describe` makes of it. Raises UnsupportedError for a model that tlk does not run, or of which
+    nothing can be quantized; ValueError for a model that is quantized already, or without the
+    calibration that a method needs.
     """
     config = as_config(quantization, calibration)
     if any(isinstance(m, QuantLinear) for m in model.modules()):
@@ -47,13 +50,16 @@ def quantize_in_place(
     decoder = binding.decoder
     sources = weight_sources(FAMILIES[binding.family], decoder.config)
     dtype, own = next(model.parameters()).dtype, Path(getattr(model, "name_or_path", "") or "")
-    planned, result = quantize_decoder(
-        decoder, sources, config, own if own.name and own.is_dir() else None, strict=strict,
+    report = quantize_decoder(
+        decoder, sources, config, own if own.name and own.is_dir() else None,
+        kv_cache_dtype=kv_cache_dtype, strict=strict,
         done=lambda names: adopt(model, decoder, sources, dtype, names), progress=progress,
     )  # fmt: skip
-    model.__dict__["_tlk_kept"] = dict(planned.kept)
-    model.__dict__["_tlk_report"] = result.report
-    return result.report
+    model.__dict__["_tlk_kept"] = report["kept_in_16_bit"]
+    model.__dict__["_tlk_report"] = report
+    if kv_scales := kv_scales_of(decoder):
+        model.__dict__["_tlk_kv_scales"] = kv_scales, KV_DTYPES[report["kv_cache_dtype"]]
+    return report
 
 
 def quantize_decoder(
@@ -62,13 +68,15 @@ def quantize_decoder(
     config: QuantConfig,
     folder: Path | None,
     *,
+    kv_cache_dtype: str | None = None,
     strict: bool = False,
     done: Callable[[Collection[str]], object] = lambda names: None,
     progress: bool = True,
-) -> tuple[Plan, Quantized]:
-    """Store the linear layers of `decoder` as `config` says, where they lie.
+) -> dict[str, Any]:
+    """Store the linear layers of `decoder` as `config` says, where they lie; returns what `describe` tells.
 
     sources: as `weight_sources` gives them. folder: where the tokenizer for calibration texts lies.
+    kv_cache_dtype: "fp8" or "int8" sets the scales of such a cache too, if there is calibration data.
     done: told the names of the linear layers of each layer when they are stored. Raises as
     `quantize_in_place` does.
     """
@@ -88,7 +96,11 @@ def quantize_decoder(
             samples=SAMPLES, length=min(LENGTH, decoder.config.max_position_embeddings),
         )  # fmt: skip
     device = decoder.embedding.weight.device
-    return planned, run(decoder, planned, data, device, done=stored, progress=progress)
+    kv = kv_cache_dtype if data is not None and kv_cache_dtype in KV_DTYPES else None
+    result = run(decoder, planned, data, device, kv_dtype=kv, done=stored, progress=progress)
+    if kv is not None:
+        set_kv_scales(decoder, dict(enumerate(result.kv_scales)), KV_DTYPES[kv])
+    return describe(config, planned, data, result, device, kv)
 
 
 def read_again(model: nn.Module) -> None:
