@@ -1,4 +1,4 @@
-"""The linear layers of Llama-3.1-8B in 8 bits, for one token up to a prefill, and square matmuls."""
+"""The linear layers of Llama-3.1-8B in 8 bits, for one token up to a prefill, those of other models, and square matmuls."""
 
 from functools import partial
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
+from tlk.bench.cases.matmul import DEEPSEEK_V3, FLUX, LAYERS, LLAMA_70B, QWEN3_30B, SD35_LARGE
 from tlk.kernels.act_quant import GROUP
 from tlk.kernels.scaled_mm import scaled_mm, scaled_mm_reference
 
-LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
 DTYPES = (torch.bfloat16, torch.float16)  # of the output
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
@@ -98,4 +98,17 @@ CASES = (
     *(case(m, 576, 192) for case in EVERY for m in (8, 128)),
     *(case(m, 4096, 4096, backend="triton") for case in EVERY for m in (33, 512)),
     *(case(512, 4096, 4096, backend="cublas") for case in (EVERY[0], EVERY[2])),
+    *(
+        case(m, n, k, gate=False)
+        for case, layers, rows in (
+            (EVERY[0], LLAMA_70B, (1, 64, 4096)),
+            (EVERY[0], QWEN3_30B, (1, 64)),
+            (EVERY[1], DEEPSEEK_V3, (1, 64, 4096)),
+            (EVERY[0], FLUX, (4608,)),
+            (EVERY[2], FLUX, (4608,)),
+            (EVERY[0], SD35_LARGE, (8858,)),
+        )
+        for m in rows
+        for n, k in layers
+    ),
 )
