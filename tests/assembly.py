@@ -27,7 +27,7 @@ class SharedMemory:
     start = 1024
 
     def declare(self) -> Array:
-        self.words = np.full(8192, 0xDEADBEEF, np.uint32)
+        self.words = np.full(8448, 0xDEADBEEF, np.uint32)
         return np.array([self.start], np.uint32)
 
     def place(self, address: Array) -> Array:
@@ -44,6 +44,10 @@ class SharedMemory:
             self.words[place + i] = value
         return np.zeros(place.shape, np.uint32)
 
+    def store(self, address: Array, value: Array) -> Array:
+        self.words[self.place(address)] = value
+        return np.zeros(address.shape, np.uint32)
+
     def load(self, address: Array) -> Array:
         return self.words[self.place(address)]
 
@@ -56,8 +60,10 @@ INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "lop3.b32 $0, $1, $2, $3, 0xEA;": lambda a, b, c: (a & b) | c,
     "prmt.b32 ": permute_bytes,
     "dp4a.u32.u32 ": dot_of_bytes,
-    "{ .shared .align 128 .b8 pairs[32768]; mov.u32 $0, pairs; }": SHARED.declare,
+    "{ .shared .align 128 .b8 tables[33792]; mov.u32 $0, tables; }": SHARED.declare,
     "st.shared.v4.b32 [$1], {$2, $2, $2, $2};": SHARED.store_four,
+    "st.shared.b32 [$1], $2;": SHARED.store,
     "ld.shared.b32 ": SHARED.load,
+    "mov.b32 $0, $1;": np.copy,
     "mov.u32 $0, %laneid;": lambda: np.array([next(LANES)]),
 }

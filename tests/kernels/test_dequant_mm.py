@@ -283,8 +283,7 @@ def test_what_earlier_kernels_wrote_is_read_after_the_wait(config):
     check(y, plain(*args), exact(*args))
 
 
-@pytest.mark.parametrize("config", [mma(1, 1, 2, 1), wide(1)], ids=["mma", "wide"])
-def test_nested_scales_are_read_after_the_wait(config, monkeypatch):
+def test_nested_scales_are_read_after_the_wait(monkeypatch):
     """They come from the kernel before."""
     w = quantized("table4 nested", 20, 192, 64, BF16)
     x = torch.randn(1, 192).to(BF16)
@@ -293,8 +292,18 @@ def test_nested_scales_are_read_after_the_wait(config, monkeypatch):
         monkeypatch.setattr(module, "unnested", lambda w: made)
         with late(made.scale):
             y = torch.empty(1, 20, dtype=BF16)
-            _launch(config, x, w, None, None, y, None, False)
+            _launch(wide(1), x, w, None, None, y, None, False)
     check(y, plain(x, w), exact(x, w))
+
+
+@pytest.mark.parametrize("group, words", [(64, 2), (64, 4), (128, 4), (32, 4), (0, 2)])
+def test_nested_scales_of_two_blocks(group, words, device):
+    """A block of 256 scales ends within a row, and within the tiles of a step."""
+    w = quantized("table4 nested", 20, 1024, group, BF16, device)
+    w.nested[1].copy_(256 - torch.arange(20, device=device)[:, None])
+    for config in (mma(1, 1, 2, 4, words), mma(16, 2, 1, 2, words)):
+        x = rows_of_mixed_scale((config["meta"]["BLOCK_M"], 1024), device, BF16)
+        check_launch(config, x, w)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tlk.kernels._dequant import Quantized, as_bytes, halves
 from tlk.kernels._dequant_pairs import _decoded, _minus, _scale_pair, _stored_scale
-from tlk.kernels._dequant_table import _looked_up_bytes, _pair_table
+from tlk.kernels._dequant_table import _looked_up_bytes, _nested_scale, _tables
 from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _store_outputs, _weight_rows
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
@@ -48,12 +48,7 @@ def _scales(
     KIND: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero point of each run as they are stored; 0 for what there is none of."""
-    if BESIDE > 0:
-        group = tile
-    elif GROUP > 0:
-        group = byte // GROUP
-    else:
-        group = tile * 0
+    group = _group(tile, byte, GROUP, BESIDE)
     stored = 0
     zero = 0
     if SCALES != "row":
@@ -61,6 +56,46 @@ def _scales(
     if zero_ptr is not None:
         zero = tl.load(zero_ptr + row * groups + group, mask, other=0)
     return stored, zero
+
+
+@triton.jit
+def _group(tile, byte, GROUP: tl.constexpr, BESIDE: tl.constexpr):
+    if BESIDE > 0:
+        return tile
+    elif GROUP > 0:
+        return byte // GROUP
+    else:
+        return tile * 0
+
+
+@triton.jit
+def _of_runs(value, BESIDE: tl.constexpr, TILES: tl.constexpr):
+    """What the lanes of a tile hold, for the runs of all tiles."""
+    NEXT: tl.constexpr = max(BESIDE, 1)
+    value = tl.broadcast_to(value[None, :, None], (TILES // NEXT, value.shape[0], NEXT))
+    return tl.reshape(value, (TILES * value.shape[1],))
+
+
+@triton.jit
+def _two_absmax(absmax_ptr, row, start, group, outer):
+    """absmax of the 256 scales that `group` of a row belongs to, and of the next ones."""
+    block = (start + group) // 256
+    absmax = absmax_ptr + row * outer
+    low = tl.load(absmax + tl.minimum(block, outer - 1))
+    return low, tl.load(absmax + tl.minimum(block + 1, outer - 1))
+
+
+@triton.jit
+def _nested_scales(
+    stored, low, high, offset, start, group, first, values, BESIDE: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Scales of runs; `low` and `high` are `_two_absmax` of the lanes' `first` groups, `values` is where 256 lie."""
+    beyond = (
+        _of_runs(start + first, BESIDE, TILES) % 256 + (group - _of_runs(first, BESIDE, TILES))
+        >= 256
+    )
+    absmax = tl.where(beyond, _of_runs(high, BESIDE, TILES), _of_runs(low, BESIDE, TILES))
+    return _nested_scale(stored, absmax, _of_runs(offset, BESIDE, TILES), values)
 
 
 @triton.jit
@@ -170,13 +205,14 @@ def _of_tiles(y, TILES: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr
 @triton.jit(do_not_specialize=["M", "steps"])
 def _mma_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, N, K, groups, steps, stride_x, stride_w, stride_residual,
-    KIND: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, LATE: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+    absmax_ptr, start_ptr, map_ptr, offset_ptr,
+    M, N, K, groups, outer, steps, stride_x, stride_w, stride_residual,
+    KIND: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """yᵀ = W xᵀ of 16 · ROWS rows of W; GROUP is in bytes, 0 for whole rows; LATE: a kernel makes scales."""
+    """yᵀ = W xᵀ of 16 · ROWS rows of W; GROUP is in bytes, 0 for whole rows."""
     allow_next(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALVES: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8" else 2
@@ -204,17 +240,21 @@ def _mma_kernel(
     tile = i // (BESIDE * LANES) * BESIDE + i % BESIDE if BESIDE > 0 else i // LANES
     row, tile = _run_place(lane, tile, first, N, GATED, TILES, ROWS, WARPS)
     run_byte = tile * TILE + lane % 4 * (4 * WORDS)
-    if LATE:
-        wait_for_previous(PDL)
     stored, zero = _scales(
         scale_ptr, zero_ptr, row, tile, run_byte, width > 0 if EVEN_K else run_byte < width, groups,
         KIND, SCALES, GROUP, BESIDE,
     )  # fmt: skip
-    table = None
+    NESTED: tl.constexpr = absmax_ptr is not None and SCALES != "row"
+    if NESTED:
+        lane = tl.arange(0, LANES)
+        lane_row, lane_tile = _run_place(lane, 0, first, N, GATED, TILES, ROWS, WARPS)
+        lane_byte = lane_tile * TILE + lane % 4 * (4 * WORDS)
+        start, offset = tl.load(start_ptr + lane_row), tl.load(offset_ptr + lane_row)
+        group = _group(lane_tile, lane_byte, GROUP, BESIDE)
+        low, high = _two_absmax(absmax_ptr, lane_row, start, group, outer)
     if KIND == "table4":
-        table = _pair_table(table_ptr, DTYPE)
-    if not LATE:
-        wait_for_previous(PDL)
+        pairs, inner = _tables(table_ptr, map_ptr, DTYPE)
+    wait_for_previous(PDL)
     # sums of tiles stay apart where that saves more instructions than it takes registers
     APART: tl.constexpr = TILES if KIND == "table4" and SCALES == "tile" else 1
     acc = tl.zeros((APART * WARPS, 16 * ROWS, BLOCK_M if BLOCK_M > 8 else 8), tl.float32)
@@ -235,18 +275,28 @@ def _mma_kernel(
         )  # fmt: skip
         factor = None
         minus = None
+        scales = stored
+        if NESTED:
+            at, at_byte = step * STEP, step * (STEP * TILE)
+            group = _group(tile + at, run_byte + at_byte, GROUP, BESIDE)
+            lane_group = _group(lane_tile + at, lane_byte + at_byte, GROUP, BESIDE)
+            scales = _nested_scales(
+                stored, low, high, offset, start, group, lane_group, inner, BESIDE, TILES
+            )  # fmt: skip
+            group = _group(lane_tile + at + STEP, lane_byte + end, GROUP, BESIDE)
+            low, high = _two_absmax(absmax_ptr, lane_row, start, group, outer)
         if SCALES == "lane":
-            factor = _scale_pair(stored, KIND, DTYPE)
+            factor = _scale_pair(scales, KIND, DTYPE)
             factor = tl.reshape(factor, (RUNS, 2 if KIND == "nv4" else 1, 1))
         if zero_ptr is not None:
             minus = _tiles_first(_minus(zero, KIND, DTYPE), BESIDE, TILES, ROWS, WARPS)
             minus = minus[:, None, None]
         a = tl.reshape(w, (RUNS, WORDS // 2, 2))
         if KIND == "table4":
-            a = _looked_up_bytes(a, factor, table, DTYPE)
+            a = _looked_up_bytes(a, factor, pairs, DTYPE)
         else:
             a = _decoded(a, minus, factor, None, KIND, DTYPE)
-        scales = _tiles_first(stored, BESIDE, TILES, ROWS, WARPS)
+        scales = _tiles_first(scales, BESIDE, TILES, ROWS, WARPS)
         acc = _multiplied(
             a, x, acc, scales, SCALES, TILES, SHARE, ROWS, WARPS, WORDS, HALVES, BLOCK_M
         )  # fmt: skip
@@ -259,7 +309,11 @@ def _mma_kernel(
     y = tl.sum(y, 0)
     if SCALES == "row" or KIND == "nv4":
         n = _weight_rows(first + tl.arange(0, 16 * ROWS), N, GATED)
-        y *= tl.load((global_ptr if KIND == "nv4" else scale_ptr) + n).to(tl.float32)[:, None]
+        scales = tl.load((global_ptr if KIND == "nv4" else scale_ptr) + n)
+        if absmax_ptr is not None:
+            absmax = tl.load(absmax_ptr + n.to(tl.int64) * outer + tl.load(start_ptr + n) // 256)
+            scales = _nested_scale(scales, absmax, tl.load(offset_ptr + n), inner)
+        y *= scales.to(tl.float32)[:, None]
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     _store_outputs(
         tl.trans(y), m, first, bias_ptr, residual_ptr, y_ptr, M, N, stride_residual, ACTIVATION, GATED
@@ -287,19 +341,19 @@ def launch_mma(
     y: Tensor,
     residual: Tensor | None,
     gated: bool,
-    late: bool = False,
 ) -> None:
-    """Run "mma" on x [M, K], y and residual [M, N]; `late`: a kernel just launched writes the scales."""
+    """Run "mma" on x [M, K], y and residual [M, N]."""
     meta = config["meta"]
     (m, k), (rows, width) = x.shape, w.weight.shape
     dependent = pdl(x.device)
     step = meta["WARPS"] * meta["TILES"] * 16 * meta["WORDS"]
+    absmax, start, values, offset = w.nested or (None, None, None, None)
     _mma_kernel[(cdiv(rows, 16 * meta["ROWS"]), cdiv(m, meta["BLOCK_M"]))](
         x, as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale,
-        bias, residual, y,
-        m, y.shape[1], k, w.scale.shape[1], cdiv(width, step),
+        bias, residual, y, absmax, start, values, offset,
+        m, y.shape[1], k, w.scale.shape[1], 0 if absmax is None else absmax.shape[1], cdiv(width, step),
         x.stride(0), w.weight.stride(0), 0 if residual is None else residual.stride(0),
         w.kind, scales_of(w, meta["WORDS"]), 0 if w.whole_rows else w.group_size // halves(w.kind),
-        late, activation, gated, dependent, width % step == 0, **meta,
+        activation, gated, dependent, width % step == 0, **meta,
         num_warps=meta["WARPS"], launch_pdl=dependent,
     )  # fmt: skip

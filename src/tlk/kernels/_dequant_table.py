@@ -17,10 +17,10 @@ from tlk.kernels._dequant_pairs import _numbers, _scaled
 
 
 @triton.jit
-def _shared_pairs():
-    """The address of 32 KiB of shared memory."""
+def _shared_tables():
+    """The address of 32 KiB of shared memory for pairs, and 1 KiB for 256 numbers."""
     return tl.inline_asm_elementwise(
-        "{ .shared .align 128 .b8 pairs[32768]; mov.u32 $0, pairs; }", "=r", [],
+        "{ .shared .align 128 .b8 tables[33792]; mov.u32 $0, tables; }", "=r", [],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -35,6 +35,15 @@ def _store_four(address, value):
 
 
 @triton.jit
+def _store(address, value):
+    """Write 32 bits."""
+    tl.inline_asm_elementwise(
+        "st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, value],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _load_shared(address):
     """32 bits at `address`, which no one writes any more."""
     return tl.inline_asm_elementwise(
@@ -43,10 +52,19 @@ def _load_shared(address):
 
 
 @triton.jit
-def _lane():
-    """The place of a thread in its warp: not pure, so that it stays behind the barrier before it."""
+def _written(address):
+    """`address`, not before all threads have written; an assembly that is not pure stays behind a barrier."""
+    tl.debug_barrier()
     return tl.inline_asm_elementwise(
-        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        "mov.b32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _lane():
+    """The place of a thread in its warp."""
+    return tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
@@ -62,19 +80,31 @@ def _byte_times_128(w, BYTE: tl.constexpr, plus):
 
 
 @triton.jit
-def _pair_table(table_ptr, DTYPE: tl.constexpr):
-    """Write the pairs of the 16 float32 at `table_ptr`, rounded to DTYPE; the address of a lane's copy.
+def _tables(table_ptr, map_ptr, DTYPE: tl.constexpr):
+    """Write the pairs of the 16 float32 at `table_ptr`, rounded to DTYPE, and 256 float32 if `map_ptr` is given.
 
-    The number of a byte's low half is the low half of its pair.
+    Returns the address of a lane's copy of the pairs, and that of the 256. The number of a byte's low half
+    is the low half of its pair.
     """
-    pairs = _shared_pairs()
+    pairs = _shared_tables()
     first = tl.arange(0, 128)[None, :]  # 16 low halves, and eight times four lanes of each
     second = tl.arange(0, 16)[:, None]
     low = tl.load(table_ptr + first // 8).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     high = tl.load(table_ptr + second).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     _store_four(pairs + (second * 2048 + first * 16), low & 0xFFFF | high << 16)
-    tl.debug_barrier()
-    return pairs + _lane() * 4
+    if map_ptr is not None:
+        # a row of them: the compiler gives loads of equal shape one layout, and there are others of 256
+        i = tl.arange(0, 256)[None, :]
+        _store(pairs + (32768 + i * 4), tl.load(map_ptr + i).to(tl.int32, bitcast=True))
+    pairs = _written(pairs)
+    return pairs + _lane() * 4, pairs + 32768
+
+
+@triton.jit
+def _nested_scale(code, absmax, offset, values):
+    """Scales of nested codes, whose 256 values lie in shared memory at `values`."""
+    inner = _load_shared(values + code.to(tl.int32) * 4)
+    return inner.to(tl.float32, bitcast=True) * absmax + offset
 
 
 @triton.jit

@@ -125,11 +125,12 @@ def _launch(
     m, n, late = y.shape[:-1].numel(), y.shape[-1], bool(w.nested)
     x, y = x.reshape(m, x.shape[-1]), y.view(m, n)
     residual = None if residual is None else residual.reshape(m, n)
+    if kernel == "mma":
+        launch_mma(config, x, w, bias, activation, y, residual, gated)
+        return
     w = unnested(w)
     if kernel == "sums":
         launch_sums(config, x, w, bias, activation, y, residual, gated)
-    elif kernel == "mma":
-        launch_mma(config, x, w, bias, activation, y, residual, gated, late)
     else:
         launch_wide(config, x, w, bias, activation, y, residual, gated, late, norm)
 
