@@ -146,6 +146,6 @@ def test_scales_of_the_cache_are_calibrated_kept_saved_and_loaded(name, tmp_path
         str(tmp_path / "in"), quantization=config, kv_cache_dtype=name, dtype="float32", **options
     )
     mine = kv_scales_of(llm.engine._runner.decoder)
-    torch.testing.assert_close(mine, scales)
+    torch.testing.assert_close(mine, scales, rtol=5e-3, atol=0)  # by kernels on a GPU
     shared = tlk.LLM(again, kv_cache_dtype=name, **options)
     assert len(kv_scales_of(shared.engine._runner.decoder)) == 2

@@ -43,13 +43,14 @@ def rows_for_codes(q, scale, PAIRS: tl.constexpr):
     """Rows [BLOCK_M, D] for products with codes: halves of alternate columns, and a scale a row.
 
     bfloat16 becomes float16, in which codes are exact and cheap to make; powers of 2 bring each row
-    into its range. Without PAIRS all stays as it is.
+    into its range, of at most 2⁶³: below 2⁻⁶³ scores are 0, and a smaller scale, times that of the
+    codes, would be flushed to 0 and make NaN of a mask's infinity. Without PAIRS all stays as it is.
     """
     odd = q
     if PAIRS is not None:
         if q.dtype == tl.bfloat16:
             top = tl.max(tl.abs(q.to(tl.float32)), 1)
-            exponent = tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 1), 253)
+            exponent = tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 64), 253)
             shrink = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
             q = (q.to(tl.float32) * shrink[:, None]).to(tl.float16)
             scale *= (exponent << 23).to(tl.float32, bitcast=True)

@@ -42,6 +42,7 @@ from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 
 MAX_HEAD_DIM = 256
 ROWS_OF_ANY = 64  # the rows that the one tile shape of `deterministic` is made for
+MANY_KEYS = 4096  # that a sequence may have, for which tiles of keys are larger
 
 
 def paged_attention_reference(
@@ -106,7 +107,7 @@ def _attend_rows(
     q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr, k_scale_ptr,
     v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before, row, first, last, begin,
     full_begin, full_end, end, used, splits, scale, cap,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TWINS: tl.constexpr, PAIRS: tl.constexpr,
@@ -117,7 +118,7 @@ def _attend_rows(
     # Triton 3.6 read behind its shared memory where tiles of keys follow one another (H100): so 32.
     d = tl.arange(0, triton.next_power_of_2(D) if D > 32 or PAIRS is None else 64)
     dv = tl.arange(0, triton.next_power_of_2(DV) if DV > 32 or PAIRS is None else 64)
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = (tl.program_id(0) % HEADS).to(tl.int64)
     head = kv_head * GROUP + rows % GROUP
     live = rows < queries * GROUP
     token = (start + rows // GROUP).to(tl.int64)
@@ -154,7 +155,7 @@ def _attend_rows(
     acc = acc / total[:, None]
     if v_scale_ptr is not None:
         acc *= tl.load(v_scale_ptr + kv_head)
-    at = token * (tl.num_programs(1) * GROUP) + head
+    at = token * (HEADS * GROUP) + head
     mask = live[:, None] & (dv < DV)[None, :]
     to = at[:, None] * DV + dv[None, :]
     if SPLIT:
@@ -175,7 +176,7 @@ def _paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, cu_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr,
     used_ptr, k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, k_head, v_page, v_head, table_row,
     n_rows, n_seqs, splits, scale, cap,
-    GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, BRANCH: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TWINS: tl.constexpr, PAIRS: tl.constexpr,
@@ -187,14 +188,17 @@ def _paged_attention_kernel(
     """
     allow_next(PDL)
     wait_for_previous(PDL)
+    # kv heads of a tile run at the same time: their keys lie side by side in the pages
+    tile = tl.program_id(0) // HEADS
+    kv_head = (tl.program_id(0) % HEADS).to(tl.int64)
     if DECODE:
         tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-        seq = tl.program_id(0) // tiles
-        row = tl.program_id(0) % tiles * BLOCK_M
+        seq = tile // tiles
+        row = tile % tiles * BLOCK_M
     else:  # the last tiles of a prompt, which see the most keys, start first
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq, row = locate(tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S)
-    kv_head = tl.program_id(1).to(tl.int64)
+        seq, row = locate(
+            tl.num_programs(0) // HEADS - 1 - tile, cu_ptr, n_seqs, GROUP, BLOCK_M, BLOCK_S
+        )
     if not SPLIT:  # rows of no sequence; with splits, the kernel that combines them writes these
         rows = row + tl.arange(0, BLOCK_M)
         dv = tl.arange(0, triton.next_power_of_2(DV))
@@ -205,7 +209,7 @@ def _paged_attention_kernel(
             empty = seq + rows // GROUP
             mine = (rows < GROUP) & (empty >= padding) & (empty < n_rows)
         head = kv_head * GROUP + rows % GROUP
-        at = (empty * (tl.num_programs(1) * GROUP) + head)[:, None] * DV + dv[None, :]
+        at = (empty * (HEADS * GROUP) + head)[:, None] * DV + dv[None, :]
         zero = tl.zeros((BLOCK_M, dv.shape[0]), out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, zero, mask=mine[:, None] & (dv < DV)[None, :])
     if seq >= n_seqs:
@@ -232,16 +236,16 @@ def _paged_attention_kernel(
                 q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr,
                 k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before,
                 row, first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
-                GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, False, PAGE, D, DV, FEW, BLOCK_N, TWINS,
-                PAIRS,
+                HEADS, GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, False, PAGE, D, DV, FEW, BLOCK_N,
+                TWINS, PAIRS,
             )  # fmt: skip
             return
     _attend_rows(
         q_ptr, k_ptr, v_ptr, table_ptr, sinks_ptr, out_ptr, partial_ptr, lse_ptr, used_ptr,
         k_scale_ptr, v_scale_ptr, q_row, q_head, k_page, v_page, start, queries, before, row,
         first, last, begin, full_begin, full_end, end, used, splits, scale, cap,
-        GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, BRANCH, PAGE, D, DV, BLOCK_M, BLOCK_N, TWINS,
-        PAIRS,
+        HEADS, GROUP, SPLIT, WINDOW, SOFTCAP, SINKS, DOT, BRANCH, PAGE, D, DV, BLOCK_M, BLOCK_N,
+        TWINS, PAIRS,
     )  # fmt: skip
 
 
@@ -261,9 +265,12 @@ class Config:
 
 
 def default_config(
-    sm: int, dtype: torch.dtype, head_dim: int, rows: int, codes: bool = False
+    sm: int, dtype: torch.dtype, head_dim: int, rows: int, codes: bool = False, capacity: int = 0
 ) -> Config:
     """Tiles that fit `sm` for the larger head dim, `rows` = longest chunk × heads of a group.
+
+    `capacity`: keys that a sequence may have; many are read in larger tiles on sm_90 (H100, 16 sequences
+    of 4096 keys: 2.85 TB/s, and 2.62 in tiles of 64 keys; 256 of 512 keys: 2.80 and 2.84).
 
     Chosen from compiled code: the largest without spills, two blocks an SM for decode. A decode tile of
     `codes` has twice as many keys.
@@ -275,6 +282,8 @@ def default_config(
         return Config(16, 16, 8, 2) if wide else Config(32, 16, 4, 2)
     large_memory = sm in (80, 90, 100)
     if rows <= 16:
+        if sm == 90 and capacity >= MANY_KEYS and not wide and not codes:
+            return Config(16, 128, 8, 3)
         keys = (32 if wide else 64) // (1 if large_memory else 2)
         return Config(16, 2 * keys if codes else keys, 4, 3 if sm in (80, 86, 89, 120) else 4)
     if sm == 90:
@@ -338,7 +347,9 @@ def _launch(
     (seqs, pages), (_, kv_heads, page_size, _) = page_table.shape, k_cache.shape
     group = heads // kv_heads
     rows = ROWS_OF_ANY if deterministic else max(max_q, 1) * group
-    config = default_config(sm(q.device), q.dtype, max(d, dv), rows, k_cache.dtype in CODES)
+    config = default_config(
+        sm(q.device), q.dtype, max(d, dv), rows, k_cache.dtype in CODES, pages * page_size
+    )
     decode, dependent = max_q == 1 and not deterministic, pdl(q.device)
     tiles = max(seqs, tokens) * cdiv(group, config.block_m)
     if not decode:
@@ -350,13 +361,13 @@ def _launch(
     k_cache, v_cache = (as_pairs(x) if pairs else readable(x) for x in (k_cache, v_cache))
     parts = Partials(out, splits) if splits > 1 else None
     into = (parts.results, parts.lse, parts.used) if parts else (None, None, None)
-    _paged_attention_kernel[(tiles, kv_heads, splits)](
+    _paged_attention_kernel[(tiles * kv_heads, 1, splits)](
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, sinks, out, *into,
         k_scale, v_scale, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
         v_cache.stride(0), v_cache.stride(1), page_table.stride(0), tokens, seqs, splits,
         softmax_scale / softcap if softcap else softmax_scale * LOG2_E.value,
         softcap * LOG2_E.value,
-        GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
+        HEADS=kv_heads, GROUP=group, DECODE=decode, SPLIT=splits > 1, WINDOW=window, SOFTCAP=softcap > 0,
         SINKS=sinks is not None, DOT=config.dot, BRANCH=config.branch, PAGE=page_size,
         D=d, DV=dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_S=1 if decode else next_power_of_2(seqs + 1), LEAST=LEAST_KEYS // config.block_n,
