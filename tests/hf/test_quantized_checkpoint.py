@@ -26,7 +26,6 @@ SIZES = {
 }  # fmt: skip
 CASES = {
     **METHODS,
-    "fp8-tensor": Fp8("tensor"),
     "fp8-static": Fp8("tensor", static=True),
     "int8-static": Int8(static=True),
     "int4-32": Int4(32),

@@ -95,6 +95,9 @@ def test_transformers_loads_it_and_tlk_runs_it(name, original, tmp_path):
     optimized = tlk.optimize(model, strict=True)
     again = tlk.AutoModelForCausalLM.from_pretrained(tmp_path / "in")
     assert optimized is model and torch.equal(model(IDS).logits, again(IDS).logits)
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
+    with pytest.raises(UnsupportedError, match="is quantized itself"):
+        tlk.restore(model)
     assert tlk.report(model).refused is None and model.model.layers[0].mlp.down_proj.format != DENSE
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS, **options), again.generate(IDS, **options))

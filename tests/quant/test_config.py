@@ -14,6 +14,8 @@ from tlk.quant.table4 import TableFormat
     "config, format",
     [
         (QuantConfig("fp8"), Fp8("channel")),
+        (QuantConfig("fp8-tensor"), Fp8("tensor")),
+        (QuantConfig("fp8-tensor", static=True), Fp8("tensor", static=True)),
         (QuantConfig("fp8-block"), Fp8("block")),
         (QuantConfig("int8"), Int8()),
         (QuantConfig("int8-weight"), Int8Weight(None)),
@@ -39,7 +41,7 @@ def test_a_method_is_a_format(config, format):
 
 def test_every_method_of_the_readme_is_there():
     assert list(METHODS) == [
-        "fp8", "fp8-block", "int8", "int8-weight", "int4", "int4-awq", "int4-gptq", "nf4", "fp4",
+        "fp8", "fp8-tensor", "fp8-block", "int8", "int8-weight", "int4", "int4-awq", "int4-gptq", "nf4", "fp4",
         "fp4-mx", "fp4-nv",
     ]  # fmt: skip
 
@@ -71,7 +73,7 @@ def test_names_choose_layers():
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ({"method": "int5"}, "method must be one of fp8, fp8-block.*got 'int5'"),
+        ({"method": "int5"}, "method must be one of fp8, fp8-tensor, .*got 'int5'"),
         ({"method": "int4", "group_size": 48}, "group_size must be None or one of.*got 48"),
         ({"method": "fp8", "group_size": 128}, "group_size must be None for fp8, got 128"),
         ({"method": "fp4-mx", "symmetric": False}, "symmetric must be None or True for fp4-mx"),

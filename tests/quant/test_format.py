@@ -10,7 +10,7 @@ from tlk.quant.int4 import Int4
 from tlk.quant.int8 import Int8
 from tlk.quant.table4 import TableFormat
 
-EVERY = [*METHODS.values(), Int4(symmetric=False), Fp8("tensor"), TableFormat("nf4", 64, True)]
+EVERY = [*METHODS.values(), Int4(symmetric=False), TableFormat("nf4", 64, True)]
 
 
 def packed(n, k, groups=2):

@@ -14,6 +14,7 @@ from tlk.quant.table4 import TableFormat
 
 METHODS: Mapping[str, Format] = {
     "fp8": Fp8("channel"),
+    "fp8-tensor": Fp8("tensor"),
     "fp8-block": Fp8("block"),
     "int8": Int8(),
     "int8-weight": Int8Weight(),

@@ -112,5 +112,13 @@ def test_overrides_by_module():
     assert scheme.of("model.layers.1.self_attn.q_proj") is scheme
 
 
+def test_modules_of_a_block_by_the_ends_of_their_names():
+    lists = [["self_attn.q_proj", "self_attn.k_proj"], ["mlp.down_proj"]]
+    own = gptq.scheme({"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": lists})
+    assert own.listed("model.layers.3.mlp.down_proj") and own.listed("a.self_attn.k_proj")
+    assert own.listed("model.layers.3.mlp.up_proj") is False and own.listed("lm_head") is False
+    assert own.listed("a.other_self_attn.k_proj") is False
+
+
 def test_group_size_minus_one_is_one_group():
     assert gptq.scheme({"bits": 4, "group_size": -1}).group_size is None

@@ -155,6 +155,34 @@ def test_what_tlk_does_not_read_of_a_method_raises(fields, match):
         recognise(fields)
 
 
+INTS = {"qzeros": torch.zeros(2, 4, dtype=torch.int32), "scales": torch.ones(2, 32).half()}
+UNEVEN = {
+    "gptq": ({"bits": 4}, INTS | {"qweight": torch.zeros(24, 32, dtype=torch.int32)}),
+    "awq": ({"bits": 4}, INTS | {"qweight": torch.zeros(192, 4, dtype=torch.int32)}),
+    "compressed-tensors": (
+        {"format": "pack-quantized", "config_groups": {"a": GROUP}},
+        {
+            "weight_packed": torch.zeros(32, 24, dtype=torch.int32),
+            "weight_scale": torch.ones(32, 2),
+            "weight_shape": torch.tensor([32, 192]),
+        },
+    ),
+    "modelopt": (
+        {"quant_algo": "W4A16_AWQ"},
+        {"weight": torch.zeros(16, 192, dtype=torch.uint8), "weight_scale": torch.ones(32, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", UNEVEN)
+def test_inputs_that_groups_do_not_divide_are_refused(method):
+    """Of 192 inputs in groups of 128 the last is half one; two scales would pass for groups of 96."""
+    fields, tensors = UNEVEN[method]
+    scheme = recognise({"quant_method": method, "group_size": 128} | fields)
+    with pytest.raises(UnsupportedError, match="a has 192 inputs, which groups of 128 do not"):
+        scheme.read("a", tensors, (32, 192))
+
+
 def test_groups_larger_than_the_kernels_are_repeated_and_odd_ones_refused():
     from tlk.quant.files.gptq import GPTQ, write
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.quant.files._bits import pack_words, unpack_words
-from tlk.quant.files.layer import Layer, Tensors, integers
+from tlk.quant.files.layer import Layer, Tensors, group_count, integers
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 NIBBLE_OF = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -54,7 +54,7 @@ class AWQ:
         qweight = t.take("qweight", torch.int32, k, n // 8)
         scales = t.scale("scales", None, n)
         groups = scales.shape[0]
-        expected = 1 if self.group_size is None else -(-k // self.group_size)
+        expected = group_count(module, k, self.group_size)
         if groups != expected:
             raise CheckpointError(
                 f"{module}.scales must have {expected} groups of {self.group_size} inputs, got {groups}"

@@ -26,7 +26,7 @@ from tlk.quant.config import matches
 from tlk.quant.files._bits import unpack_words, word_count
 from tlk.quant.files.floats import fp8_layer, mxfp4_layer, nvfp4_layer
 from tlk.quant.files.gptq import order_of_groups
-from tlk.quant.files.layer import Layer, Tensors, integers
+from tlk.quant.files.layer import Layer, Tensors, group_count, integers
 from tlk.quant.int8 import Int8
 
 WEIGHTS = ("weight_packed", "weight_scale")
@@ -176,8 +176,7 @@ def _group_scale(t: Tensors, group: Group, n: int, k: int) -> Tensor:
         return t.scale("weight_scale", n, 1)
     if strategy != "group":
         raise UnsupportedError(f"{t.module}: {group.arguments()} is no scale that tlk reads")
-    size = group.weights.get("group_size") or k
-    return t.scale("weight_scale", n, -(-k // size))
+    return t.scale("weight_scale", n, group_count(t.module, k, group.weights.get("group_size")))
 
 
 def _integers(t: Tensors, group: Group, shape: tuple[int, int]) -> Layer:

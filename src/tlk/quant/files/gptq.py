@@ -9,7 +9,7 @@ Frantar et al., "GPTQ", https://arxiv.org/abs/2210.17323
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tlk.errors import CheckpointError, UnsupportedError
 from tlk.quant.files._bits import pack_words, unpack_words, word_count
-from tlk.quant.files.layer import Layer, Tensors, integers
+from tlk.quant.files.layer import Layer, Tensors, group_count, integers
 from tlk.quant.format import Packed
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -32,7 +32,8 @@ class GPTQ:
     """What quantization_config, or quantize_config.json, says.
 
     group_size None: one group of all inputs. version: of the zero points, 1 or 2. dynamic: GPTQModel's
-    overrides by regular expression, None where one leaves modules out.
+    overrides by regular expression, None where one leaves modules out. inside: the only modules of a
+    block that are quantized, by the ends of their names; none: the files say which.
     """
 
     bits: int = 4
@@ -41,13 +42,16 @@ class GPTQ:
     version: int = 1
     lm_head: bool = False
     dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    inside: tuple[str, ...] = ()
 
     method = "gptq"
 
     def listed(self, module: str) -> bool | None:
-        if module == "lm_head" and not self.lm_head:
+        if module == "lm_head":
+            return None if self.lm_head else False
+        if self.of(module) is None:
             return False
-        return False if self.of(module) is None else None
+        return any(module.endswith(f".{name}") for name in self.inside) if self.inside else None
 
     def named(self) -> Collection[str]:
         return ()
@@ -69,7 +73,7 @@ class GPTQ:
         qweight = t.take("qweight", torch.int32, word_count(k, bits), n)
         scales = t.scale("scales", None, n)
         groups = scales.shape[0]
-        expected = 1 if own.group_size is None else -(-k // own.group_size)
+        expected = group_count(module, k, own.group_size)
         if groups != expected:
             raise CheckpointError(
                 f"{module}.scales must have {expected} groups of {own.group_size} inputs, got {groups}"
@@ -98,8 +102,15 @@ def scheme(fields: Mapping[str, Any]) -> GPTQ:
         version=FORMATS[name],
         lm_head=bool(fields.get("lm_head")),
         dynamic=tuple(_override(*item) for item in (fields.get("dynamic") or {}).items()),
+        inside=tuple(_flat(fields.get("modules_in_block_to_quantize") or ())),
     )
     return _changed(base, {"bits": 4, "group_size": 128, "sym": True} | dict(fields))
+
+
+def _flat(names: Any) -> Iterator[str]:
+    """Names in lists of lists, those of one matmul beside each other."""
+    for name in names:
+        yield from (name,) if isinstance(name, str) else _flat(name)
 
 
 def _override(pattern: str, changes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:

@@ -155,6 +155,18 @@ def integers(
     return Layer(format, packed)
 
 
+def group_count(module: str, k: int, size: int | None) -> int:
+    """How many groups of `size` of `k` inputs share a scale; None: all are one group.
+
+    UnsupportedError if the last group would be smaller: what is even is all that kernels know.
+    """
+    if size is None:
+        return 1
+    if k % size:
+        raise UnsupportedError(f"{module} has {k} inputs, which groups of {size} do not divide")
+    return k // size
+
+
 def signed(codes: Tensor, middle: int) -> Tensor:
     """Codes 0..255 less `middle`, as int8."""
     return (codes.to(torch.int16) - middle).to(torch.int8)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tlk.errors import UnsupportedError
 from tlk.quant.files.floats import fp8_layer, mxfp4_layer, nvfp4_layer
-from tlk.quant.files.layer import SCALES, Layer, Tensors, integers
+from tlk.quant.files.layer import SCALES, Layer, Tensors, group_count, integers
 from tlk.quant.int8 import Int8
 
 MIXED = "MIXED_PRECISION"
@@ -123,7 +123,7 @@ def _awq(t: Tensors, scheme: ModelOpt, shape: tuple[int, int]) -> Layer:
     n, k = shape
     octets = t.take("weight", torch.uint8, n // 2, k)
     codes = torch.stack([octets & 15, octets >> 4], 1).flatten(0, 1) ^ 8  # two's complement
-    scale = t.scale("weight_scale", n, k // (scheme.group_size or 128))
+    scale = t.scale("weight_scale", n, group_count(t.module, k, scheme.group_size or 128))
     return integers(t.module, codes, scale, None, 4)
 
 
