@@ -48,7 +48,12 @@ def _scales(
     KIND: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero point of each run as they are stored; 0 for what there is none of."""
-    group = _group(tile, byte, GROUP, BESIDE)
+    if BESIDE > 0:
+        group = tile
+    elif GROUP > 0:
+        group = byte // GROUP
+    else:
+        group = tile * 0
     stored = 0
     zero = 0
     if SCALES != "row":
@@ -56,16 +61,6 @@ def _scales(
     if zero_ptr is not None:
         zero = tl.load(zero_ptr + row * groups + group, mask, other=0)
     return stored, zero
-
-
-@triton.jit
-def _group(tile, byte, GROUP: tl.constexpr, BESIDE: tl.constexpr):
-    if BESIDE > 0:
-        return tile
-    elif GROUP > 0:
-        return byte // GROUP
-    else:
-        return tile * 0
 
 
 @triton.jit
@@ -77,25 +72,25 @@ def _of_runs(value, BESIDE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _two_absmax(absmax_ptr, row, start, group, outer):
-    """absmax of the 256 scales that `group` of a row belongs to, and of the next ones."""
-    block = (start + group) // 256
-    absmax = absmax_ptr + row * outer
+def _two_absmax(absmax, scale, outer):
+    """Of rows at `absmax`, which have `outer` of them: that of 256 scales with `scale` among them, and the next."""
+    block = scale >> 8
     low = tl.load(absmax + tl.minimum(block, outer - 1))
     return low, tl.load(absmax + tl.minimum(block + 1, outer - 1))
 
 
 @triton.jit
 def _nested_scales(
-    stored, low, high, offset, start, group, first, values, BESIDE: tl.constexpr, TILES: tl.constexpr
+    code, low, high, offset, start, byte, lane_byte, values,
+    GROUP: tl.constexpr, BESIDE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales of runs; `low` and `high` are `_two_absmax` of the lanes' `first` groups, `values` is where 256 lie."""
+    """Scales of runs from `byte` on; the rest is of lanes, `low` and `high` of their first groups."""
+    first = lane_byte.to(tl.uint32) // GROUP  # a signed division takes three instructions
     beyond = (
-        _of_runs(start + first, BESIDE, TILES) % 256 + (group - _of_runs(first, BESIDE, TILES))
-        >= 256
+        byte.to(tl.uint32) // GROUP + _of_runs((start + first) % 256 - first, BESIDE, TILES) >= 256
     )
     absmax = tl.where(beyond, _of_runs(high, BESIDE, TILES), _of_runs(low, BESIDE, TILES))
-    return _nested_scale(stored, absmax, _of_runs(offset, BESIDE, TILES), values)
+    return _nested_scale(code, absmax, _of_runs(offset, BESIDE, TILES), values)
 
 
 @triton.jit
@@ -202,15 +197,31 @@ def _of_tiles(y, TILES: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr
     return tl.sum(y, 0)
 
 
+@triton.jit
+def _of_warps(y, BLOCK_M: tl.constexpr, TABLE: tl.constexpr):
+    """Sums [WARPS, rows, columns] added up over warps, and where tiles share columns over these.
+
+    What warps hand over goes through shared memory: halves of it do where a table leaves too little.
+    """
+    if BLOCK_M < 8:
+        y = tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], 8 // BLOCK_M, BLOCK_M)), 2)
+    if TABLE and y.numel > 2048:
+        halves = tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2, BLOCK_M))
+        low, high = tl.split(tl.permute(halves, (0, 2, 3, 1)))
+        both = tl.join(tl.sum(low, 0), tl.sum(high, 0))
+        return tl.reshape(tl.permute(both, (2, 0, 1)), (y.shape[1], BLOCK_M))
+    else:
+        return tl.sum(y, 0)
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def _mma_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, bias_ptr, residual_ptr, y_ptr,
     absmax_ptr, start_ptr, map_ptr, offset_ptr,
     M, N, K, groups, outer, steps, stride_x, stride_w, stride_residual,
     KIND: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
-    WORDS: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """yᵀ = W xᵀ of 16 · ROWS rows of W; GROUP is in bytes, 0 for whole rows."""
     allow_next(PDL)
@@ -250,13 +261,13 @@ def _mma_kernel(
         lane_row, lane_tile = _run_place(lane, 0, first, N, GATED, TILES, ROWS, WARPS)
         lane_byte = lane_tile * TILE + lane % 4 * (4 * WORDS)
         start, offset = tl.load(start_ptr + lane_row), tl.load(offset_ptr + lane_row)
-        group = _group(lane_tile, lane_byte, GROUP, BESIDE)
-        low, high = _two_absmax(absmax_ptr, lane_row, start, group, outer)
+        absmax = absmax_ptr + lane_row * outer
+        low, high = _two_absmax(absmax, start + lane_byte // GROUP, outer)
     if KIND == "table4":
         pairs, inner = _tables(table_ptr, map_ptr, DTYPE)
     wait_for_previous(PDL)
     # sums of tiles stay apart where that saves more instructions than it takes registers
-    APART: tl.constexpr = TILES if KIND == "table4" and SCALES == "tile" else 1
+    APART: tl.constexpr = TILES if KIND == "table4" and SCALES == "tile" and SHARE > 1 else 1
     acc = tl.zeros((APART * WARPS, 16 * ROWS, BLOCK_M if BLOCK_M > 8 else 8), tl.float32)
     for step in tl.range(steps, num_stages=1):
         end = (step + 1) * (STEP * TILE)
@@ -273,18 +284,14 @@ def _mma_kernel(
             x_ptr, stride_x, M, K, K // 2 if GROUP == 0 else GROUP, end - STEP * TILE,
             KIND == "table4", GROUP, EVEN_K, BLOCK_M, TILES, SHARE, WARPS, WORDS, HALVES,
         )  # fmt: skip
-        factor = None
-        minus = None
-        scales = stored
+        factor, minus, scales = None, None, stored
         if NESTED:
-            at, at_byte = step * STEP, step * (STEP * TILE)
-            group = _group(tile + at, run_byte + at_byte, GROUP, BESIDE)
-            lane_group = _group(lane_tile + at, lane_byte + at_byte, GROUP, BESIDE)
+            at = step * (STEP * TILE)
             scales = _nested_scales(
-                stored, low, high, offset, start, group, lane_group, inner, BESIDE, TILES
+                stored, low, high, offset, start, run_byte + at, lane_byte + at, inner,
+                GROUP, BESIDE, TILES,
             )  # fmt: skip
-            group = _group(lane_tile + at + STEP, lane_byte + end, GROUP, BESIDE)
-            low, high = _two_absmax(absmax_ptr, lane_row, start, group, outer)
+            low, high = _two_absmax(absmax, start + (lane_byte + end) // GROUP, outer)
         if SCALES == "lane":
             factor = _scale_pair(scales, KIND, DTYPE)
             factor = tl.reshape(factor, (RUNS, 2 if KIND == "nv4" else 1, 1))
@@ -301,19 +308,16 @@ def _mma_kernel(
             a, x, acc, scales, SCALES, TILES, SHARE, ROWS, WARPS, WORDS, HALVES, BLOCK_M
         )  # fmt: skip
         w, stored, zero = w_next, stored_next, zero_next
-    y = acc
     if APART > 1:
-        y = _of_tiles(y, TILES, SHARE, BLOCK_M)
-    if BLOCK_M < 8:
-        y = tl.sum(tl.reshape(y, (WARPS, 16 * ROWS, 8 // BLOCK_M, BLOCK_M)), 2)
-    y = tl.sum(y, 0)
+        acc = _of_tiles(acc, TILES, SHARE, BLOCK_M)
+    y = _of_warps(acc, BLOCK_M, KIND == "table4")
     if SCALES == "row" or KIND == "nv4":
-        n = _weight_rows(first + tl.arange(0, 16 * ROWS), N, GATED)
-        scales = tl.load((global_ptr if KIND == "nv4" else scale_ptr) + n)
+        n = _weight_rows(first + tl.arange(0, 16 * ROWS), N, GATED).to(tl.int64)
+        scale = tl.load((global_ptr if KIND == "nv4" else scale_ptr) + n)
         if absmax_ptr is not None:
-            absmax = tl.load(absmax_ptr + n.to(tl.int64) * outer + tl.load(start_ptr + n) // 256)
-            scales = _nested_scale(scales, absmax, tl.load(offset_ptr + n), inner)
-        y *= scales.to(tl.float32)[:, None]
+            low, _ = _two_absmax(absmax_ptr + n * outer, tl.load(start_ptr + n), outer)
+            scale = _nested_scale(scale, low, tl.load(offset_ptr + n), inner)
+        y *= scale.to(tl.float32)[:, None]
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     _store_outputs(
         tl.trans(y), m, first, bias_ptr, residual_ptr, y_ptr, M, N, stride_residual, ACTIVATION, GATED
