@@ -13,6 +13,7 @@ from tlk.kernels import aot
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._pdl import allow_next, wait_for_previous
 from tlk.kernels.aot import Failure, dry_run, forked, isolated, measure, violations
+from tlk.kernels.dequant_mm import dequant_mm
 from tlk.kernels.norm import rms_norm
 
 
@@ -87,6 +88,25 @@ def test_good_code_passes(capability):
 def test_shared_memory_is_checked_at_the_launch():
     with pytest.raises(RuntimeError, match="out of resource: shared memory"):
         matmul(86, (128, 256, 64), num_warps=8, num_stages=4)
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_shared_memory_of_assembly_is_found(m):
+    """dequant_mm declares a table of 33 KiB, beside which a launch gets 15 more without asking."""
+
+    def compile_it():
+        x, weight = torch.empty(m, 4096, dtype=torch.bfloat16), torch.empty(4096, 2048).byte()
+        with dry_run(90) as launches:
+            dequant_mm(
+                x, weight, torch.empty(4096, 64), kind="table4", group_size=64, table=torch.empty(1, 16)
+            )  # fmt: skip
+        return measure(launches[0].compiled)
+
+    metrics = isolated(compile_it)
+    assert metrics.declared_shared == 33 * 1024
+    assert violations(metrics) == []
+    wrong = violations(replace(metrics, shared=16 * 1024))
+    assert wrong == ["16384 + 33792 declared bytes of shared memory: a launch gets 49152"]
 
 
 def test_spills_are_found():

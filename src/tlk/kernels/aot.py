@@ -63,6 +63,9 @@ LARGE = 64 * 1024  # bytes from which a tensor is worth loading in vectors
 # Bytes outside of loops: the assembler of Triton 3.7 spills up to 24 where that of 3.6 spills none,
 # and that of 3.9 up to 56. In a main loop no spill is accepted.
 MAX_SPILL = 64
+DECLARED_LIMIT = (
+    48 * 1024
+)  # bytes of shared memory without asking, and Triton asks for its own only
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,7 @@ class Metrics:
     `loads_128` counts loads of 128 bits a thread or more and TMA, `loads_32` those of 32 bits or
     less and of one int64. `spill_bytes` is what ptxas calls spill stores. `waits` counts the places
     where a kernel waits for earlier ones, which it must if it is launched as a `dependent` of them.
+    `declared_shared` is shared memory of inline assembly, which Triton does not know of.
     """
 
     kernel: str
@@ -197,6 +201,7 @@ class Metrics:
     wide_stores: int
     dependent: bool
     waits: int
+    declared_shared: int = 0
 
 
 class Instruction(NamedTuple):
@@ -216,6 +221,7 @@ _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-
 _TENSOR_CORE_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _ACCESS_PTX = re.compile(r"\b(ld|st)\.[\w.:]*\bglobal\b[\w.:]*?(?:\.v([248]))?\.[bfsu](\d+)\s")
 _ASYNC_PTX = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], \[[^]]*\], (\w+)")
+_DECLARED_PTX = re.compile(r"^\s*(?:{ )?\.shared[^;]*\[(\d+)\];", re.MULTILINE)
 _BULK_PTX = re.compile(r"\bcp\.async\.bulk\.[\w.:]*?\b(shared::cluster|global)\b")
 
 
@@ -246,6 +252,7 @@ def measure(compiled: CompiledKernel) -> Metrics:
         wide_stores=sum(n for bits, n in stores.items() if bits >= 64),
         dependent=metadata.launch_pdl,
         waits=ptx.count("griddepcontrol.wait"),
+        declared_shared=sum(int(size) for size in _DECLARED_PTX.findall(ptx)),
     )
 
 
@@ -254,6 +261,9 @@ def violations(metrics: Metrics, large: bool = True) -> list[str]:
     m, limit, wrong = metrics, GPUS[metrics.sm].shared, []
     if m.shared > limit:
         wrong.append(f"{m.shared} bytes of shared memory, sm_{m.sm} has {limit}")
+    if m.declared_shared and m.shared + m.declared_shared > DECLARED_LIMIT:
+        both = f"{m.shared} + {m.declared_shared} declared bytes of shared memory"
+        wrong.append(f"{both}: a launch gets {DECLARED_LIMIT}")
     if m.tensor_memory > 512:
         wrong.append(f"{m.tensor_memory} columns of tensor memory, there are 512")
     if m.spill_bytes > MAX_SPILL:
