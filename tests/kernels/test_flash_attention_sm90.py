@@ -15,6 +15,7 @@ from tlk.kernels.aot import _cuobjdump, _instructions, dry_run, isolated, measur
 from tlk.kernels.flash_attention import flash_attention, gluon_missing, portable_reason
 from tlk.kernels.flash_attention_sm90 import (
     Config,
+    _grid,
     _turned,
     default_config,
     launch,
@@ -59,6 +60,7 @@ def able(monkeypatch):
         (64, 64, torch.float16, False, False),
         (192, 128, torch.bfloat16, True, False),
         (128, 128, torch.bfloat16, False, True),
+        (256, 256, torch.bfloat16, True, True),
         (128, 128, FP8, True, False),
     ],
 )
@@ -87,7 +89,7 @@ def test_its_code(d, dv, dtype, causal, varlen, able):
 
     kernel, grid, matmuls, waits, tma, metrics = isolated(compile_it)
     assert kernel == "_flash_attention_sm90_kernel"
-    assert grid == ((32 * 32 if causal or varlen else 132), 1, 1)
+    assert grid == (132 if causal == varlen else 34 * 32 if varlen else 32 * 32, 1, 1)
     assert tma and matmuls >= 3 * waits > 0
     assert metrics.local_in_loop == 0 and metrics.spill_bytes <= 64
     assert metrics.shared <= 227 * 1024
@@ -102,6 +104,25 @@ def test_registers_of_all_warps_fit_the_multiprocessor(itemsize, d, dv):
     config = default_config(itemsize, d, dv)
     assert 128 * (config.consumers * config.registers + config.producer_registers) <= 65536
     assert config.registers % 8 == config.producer_registers % 8 == 0
+
+
+def test_the_grid_has_room_for_every_row_and_little_more():
+    """Sequence s begins with block cu[s] // size + s: none begins before the one before it ends."""
+    config = Config()
+    for lengths in ([8192, *[128] * 31], [1] * 200, [0, 0, 129], [127, 1, 128, 129], [4096], []):
+        size, starts = 128, [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        first = [start // size + s for s, start in enumerate(starts)]
+        rows = starts[-1] + 77  # some of no sequence
+        needed = [-(-n // size) for n in (*lengths, 77)]
+        blocks, _ = _grid(config, rows, len(lengths), 1, True, True)
+        assert all(a + n <= b for a, n, b in zip(first, needed, [*first[1:], blocks], strict=True))
+        assert blocks <= sum(needed) + len(lengths) + 1
+    assert _grid(config, 300, 5, 4, False, False) == (3 * 5 * 4, True)
+    assert _grid(config, 300, 5, 4, True, False) == (3 * 5 * 4, False)
+    assert _grid(config, 3000, 5, 4, False, True) == ((23 + 6) * 4, False)
+    assert _grid(config, 2560, 5, 4, False, True)[1] and _grid(config, 3000, 5, 4, True, True)[1]
 
 
 def test_it_says_why_it_cannot_run(monkeypatch):
@@ -134,8 +155,9 @@ def test_it_is_chosen_where_it_is_faster(able):
 
 
 def test_what_it_refuses():
-    assert "lengths" in refused(*tensors(), varlen=True)
-    assert "heads of 128 and 64" in refused(*tensors(128, 64), varlen=False)
+    assert refused(*tensors(), varlen=True) is None
+    assert refused(*tensors(128, 64), varlen=False) is None
+    assert "heads of 64 and 256" in refused(*tensors(64, 256), varlen=False)
     assert refused(*tensors(dtype=torch.float32), varlen=False) == "float32 has no fast matmul"
     assert refused(*tensors(dtype=FP8), varlen=False) is None
     assert "lengths" in refused(*tensors(dtype=FP8), varlen=True)
@@ -182,20 +204,37 @@ def test_rows_among_others():
     compare(q, k, v, causal=True)
 
 
+LENGTHS = {  # of queries and keys; few rows a sequence stay with a program, many do not
+    "short": ([0, 333, 1, 640, 129, 70, 192, 0], [5, 500, 700, 640, 0, 300, 191, 0]),
+    "long": ([1500, 1, 700], [1400, 70, 900]),
+    "one": ([200], [300]),
+}
+
+
 @needs_gpu
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_sequences_of_different_lengths(causal):
-    """The NaNs of a sequence stay in it."""
-    lengths_q, lengths_k = [0, 333, 1, 640, 129, 70], [5, 500, 700, 640, 0, 300]
+@pytest.mark.parametrize(
+    "d, dv", [(64, 64), (128, 128), (256, 256), (72, 72), (192, 128), (128, 64), (64, 128)]
+)
+def test_sequences_of_different_lengths(d, dv, causal, lengths):
+    """The NaNs of a sequence stay in it, and rows behind the last are 0."""
+    lengths_q, lengths_k = lengths
     q, k, v = (
-        torch.randn(sum(n) + 3, h, 64, device="cuda", dtype=torch.bfloat16)
-        for n, h in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
+        torch.randn(sum(n) + 150, heads, size, device="cuda", dtype=torch.bfloat16)
+        for n, heads, size in ((lengths_q, 4, d), (lengths_k, 2, d), (lengths_k, 2, dv))
     )
-    k[505:1205], v[505:1205] = torch.nan, torch.nan
     cu_q, cu_k = cumulative(lengths_q, "cuda"), cumulative(lengths_k, "cuda")
-    out = torch.zeros_like(q)
-    launch(out, q, k, v, 64**-0.5, causal, cu_q, cu_k, 640, 700)
-    assert (out[-3:] == 0).all()
+    for x in (k, v):
+        x[sum(lengths_k) :] = torch.nan
+        for s, n in enumerate(lengths_q):
+            if n == 1:
+                x[cu_k[s] : cu_k[s + 1]] = torch.nan
+    ends = {"max_q": max(lengths_q), "max_k": max(lengths_k)}
+    with count_ops() as counts:
+        out = flash_attention(q, k, v, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **ends)
+    assert counts == {"flash_attention[gluon]": 1}
+    assert (out[sum(lengths_q) :] == 0).all()
     for s, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         if n > 1:
             rows, keys = slice(cu_q[s], cu_q[s] + n), slice(cu_k[s], cu_k[s] + m)

@@ -374,8 +374,8 @@ def _flash_attention(
     if runner == "sdpa":
         run = partial(sdpa, softmax_scale=softmax_scale, causal=causal, window=window)
         return by_sequence(run, q, k, v, *lengths)
-    # Rows of no sequence are written by no program.
-    make = q.new_empty if cu_seqlens_q is None else q.new_zeros
+    # Rows of no sequence are written by no program of the portable kernel.
+    make = q.new_empty if cu_seqlens_q is None or runner == "gluon" else q.new_zeros
     out = make(*q.shape[:-1], v.shape[-1], dtype=out_dtype)
     if out.numel() and max_q:
         if runner == "gluon":

@@ -5,7 +5,8 @@ Shah et al., "FlashAttention-3", https://arxiv.org/abs/2407.08608
 A producer copies queries, keys and values by TMA. Each consumer owns 64 rows and overlaps its softmax
 with matmuls (`_flash_sm90_tiles`). Blocks of equal length are dealt out to programs that stay on their
 multiprocessors, so that the next block's copies overlap with this one's end. Under a causal mask a
-program is one block, the longest first: the GPU balances them better than equal steps do.
+program is one block, the longest first: the GPU balances them better than equal steps do. Of sequences
+one behind the other it is the other way about: blocks without rows cost a program that stays little.
 
 8-bit matmuls want values with keys next to each other: `_turn_kernel` transposes them beforehand, in the
 order of keys in which the weights lie in registers. It moves 2·Sk·Dv bytes a head.
@@ -29,43 +30,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tlk.kernels._device import sm_count
+from tlk.kernels._flash_sm90_blocks import locate
 from tlk.kernels._flash_sm90_tiles import HALF, attend_block
 from tlk.kernels._ints import cdiv, next_power_of_2
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
-TILES = ((64, 64), (128, 128), (256, 128), (256, 256))  # padded head dims, as tried on a GPU
+TILES = ((64, 64), (128, 128), (128, 64), (64, 128), (256, 128), (256, 256))  # padded head dims
+NARROW = TILES[:4]  # in 8 bits
 LOG2_E = 1.4426950408889634
 L2_BYTES = 32 << 20  # keys and values that blocks running side by side may read
-
-
-@gluon.jit
-def _locate(
-    index, cu_q_ptr, cu_k_ptr, len_q, len_k, heads, pairs, wave,
-    CAUSAL: gl.constexpr, VARLEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Sequence, head, first row and number of tiles of a block, and where its sequence lies."""
-    rows = gl.cdiv(len_q, BLOCK_M)
-    before = index // (wave * rows) * wave
-    rank = index - before * rows
-    beside = gl.minimum(wave, pairs - before)
-    row = (rows - 1 - rank // beside) * BLOCK_M
-    pair = before + rank % beside
-    b = pair // heads
-    q_start = 0
-    k_start = 0
-    if VARLEN:
-        q_start = gl.load(cu_q_ptr + b)
-        k_start = gl.load(cu_k_ptr + b)
-        len_q = gl.load(cu_q_ptr + b + 1) - q_start
-        len_k = gl.load(cu_k_ptr + b + 1) - k_start
-    end = len_k
-    if CAUSAL:
-        end = gl.minimum(len_k, gl.minimum(row + BLOCK_M, len_q) + len_k - len_q)
-    tiles = gl.cdiv(gl.maximum(end, 0), BLOCK_N)
-    if VARLEN:
-        tiles = gl.where(row < len_q, tiles, 0)
-        b = 0
-    return b, pair % heads, row, tiles, q_start, k_start, len_q, len_k
+SHORT = 512  # rows of a sequence on average, up to which blocks without a mask are dealt out, too
 
 
 @gluon.jit
@@ -78,47 +52,51 @@ def _produce(
     """Fill the rows of queries and the rings of keys and values as they become free."""
     q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    cu_q_ptr, cu_k_ptr, len_q, len_k, heads, group, pairs, wave, blocks = work
+    cu_q_ptr, cu_k_ptr, len_q, len_k, sequences, heads, group, pairs, wave, blocks = work
     SIZE: gl.constexpr = 1 if TURNED else 2
     base = 0
     turn = 0
     index = gl.program_id(0)
     while index < blocks:
-        b, h, row, tiles, q_start, k_start, _, _ = _locate(
-            index, cu_q_ptr, cu_k_ptr, len_q, len_k, heads, pairs, wave, CAUSAL,
+        b, h, row, tiles, q_start, k_start, n_q, _ = locate(
+            index, cu_q_ptr, cu_k_ptr, len_q, len_k, sequences, heads, pairs, wave, CAUSAL,
             VARLEN, CONSUMERS * HALF, BLOCK_N,
         )  # fmt: skip
-        kv = h // group
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(c), HALF * D * SIZE)
-            q_row = q_start + row + c * HALF
-            tma.async_copy_global_to_shared(
-                q_boxes, [b, h, q_row, 0], q_ready.index(c), q_ring.index(c)
-            )
-        for i in range(tiles):
-            n = base + i
-            stage = n % STAGES
-            phase = ((n // STAGES) & 1) ^ 1
-            key = k_start + (tiles - 1 - i) * BLOCK_N
-            mbarrier.wait(k_free.index(stage), phase)
-            mbarrier.expect(k_ready.index(stage), BLOCK_N * D * SIZE)
-            tma.async_copy_global_to_shared(
-                k_boxes, [b, kv, key, 0], k_ready.index(stage), k_ring.index(stage)
-            )
-            mbarrier.wait(v_free.index(stage), phase)
-            mbarrier.expect(v_ready.index(stage), BLOCK_N * DV * SIZE)
-            if TURNED:
+        live = True
+        if VARLEN:
+            live = row < n_q
+        if live:
+            kv = h // group
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
+                mbarrier.expect(q_ready.index(c), HALF * D * SIZE)
+                q_row = q_start + row + c * HALF
                 tma.async_copy_global_to_shared(
-                    v_boxes, [b, kv, 0, key], v_ready.index(stage), v_ring.index(stage)
+                    q_boxes, [b, h, q_row, 0], q_ready.index(c), q_ring.index(c)
                 )
-            else:
+            for i in range(tiles):
+                n = base + i
+                stage = n % STAGES
+                phase = ((n // STAGES) & 1) ^ 1
+                key = k_start + (tiles - 1 - i) * BLOCK_N
+                mbarrier.wait(k_free.index(stage), phase)
+                mbarrier.expect(k_ready.index(stage), BLOCK_N * D * SIZE)
                 tma.async_copy_global_to_shared(
-                    v_boxes, [b, kv, key, 0], v_ready.index(stage), v_ring.index(stage)
+                    k_boxes, [b, kv, key, 0], k_ready.index(stage), k_ring.index(stage)
                 )
-        base += tiles
+                mbarrier.wait(v_free.index(stage), phase)
+                mbarrier.expect(v_ready.index(stage), BLOCK_N * DV * SIZE)
+                if TURNED:
+                    tma.async_copy_global_to_shared(
+                        v_boxes, [b, kv, 0, key], v_ready.index(stage), v_ring.index(stage)
+                    )
+                else:
+                    tma.async_copy_global_to_shared(
+                        v_boxes, [b, kv, key, 0], v_ready.index(stage), v_ring.index(stage)
+                    )
+            base += tiles
+            turn += 1
         index += gl.num_programs(0)
-        turn += 1
 
 
 @gluon.jit
@@ -158,7 +136,7 @@ def _consume(
     """Attend rows [64 · INDEX, 64 · INDEX + 64) of every block of this program."""
     out_ptr, out_boxes, q_rows, out_rows, out_ring, k, v, d_v, softmax_scale, scales = memory
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    cu_q_ptr, cu_k_ptr, len_q, len_k, heads, group, pairs, wave, blocks = work
+    cu_q_ptr, cu_k_ptr, len_q, len_k, sequences, heads, group, pairs, wave, blocks = work
     DEPTH: gl.constexpr = 256 // k.dtype.primitive_bitwidth
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, DEPTH])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, DEPTH])
@@ -167,65 +145,70 @@ def _consume(
     turn = 0
     index = gl.program_id(0)
     while index < blocks:
-        b, h, row, tiles, q_start, _, n_q, n_k = _locate(
-            index, cu_q_ptr, cu_k_ptr, len_q, len_k, heads, pairs, wave, CAUSAL,
+        b, h, row, tiles, q_start, _, n_q, n_k = locate(
+            index, cu_q_ptr, cu_k_ptr, len_q, len_k, sequences, heads, pairs, wave, CAUSAL,
             VARLEN, CONSUMERS * HALF, BLOCK_N,
         )  # fmt: skip
-        first = row + INDEX * HALF
-        scale = softmax_scale
-        unit = 1.0
-        if SCALED:
-            q_scale_ptr, k_scale_ptr, v_scale_ptr, q_step, k_step, v_step = scales
-            scale *= gl.load(q_scale_ptr + h * q_step)
-            scale *= gl.load(k_scale_ptr + h // group * k_step)
-            unit = gl.load(v_scale_ptr + h // group * v_step)
-        skipped = 0
-        if CAUSAL:
-            end = gl.minimum(gl.minimum(first + HALF, n_q) + n_k - n_q, n_k)
-            skipped = gl.maximum(tiles - gl.cdiv(gl.maximum(end, 0), BLOCK_N), 0)
-        mbarrier.wait(q_ready.index(INDEX), turn & 1)
-        _skip_tiles(base, skipped, k_ready, k_free, v_ready, v_free, STAGES)
-        total = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros((HALF, DV), gl.float32, ACC)
-        if skipped < tiles:
-            acc, total = attend_block(
-                acc, skipped, tiles, base, first, q, k, v, q_free.index(INDEX), k_ready, k_free,
-                v_ready, v_free, n_q, n_k, scale, CAUSAL, VARLEN, TURNED, SHARED, DV, BLOCK_N,
-                STAGES, SCORES, ACC,
-            )  # fmt: skip
-        elif not SHARED:
-            mbarrier.arrive(q_free.index(INDEX), count=1)
-        base += tiles
-        total = gl.where(total > 0.0, total / unit, 1.0)
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None]
-        if not VARLEN:
-            tma.store_wait(0)
-        out_rows.index(INDEX).store(acc.to(out_rows.dtype))
+        live = True
         if VARLEN:
-            _store_rows(out_ptr, out_rows.index(INDEX), h, first, q_start, n_q, heads, d_v, DV)
-        else:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_boxes, [b, h, first, 0], out_ring.index(INDEX))
-        if SHARED:
-            if VARLEN:
-                fence_async_shared()
-            else:
+            live = row < n_q
+        if live:
+            first = row + INDEX * HALF
+            scale = softmax_scale
+            unit = 1.0
+            if SCALED:
+                q_scale_ptr, k_scale_ptr, v_scale_ptr, q_step, k_step, v_step = scales
+                scale *= gl.load(q_scale_ptr + h * q_step)
+                scale *= gl.load(k_scale_ptr + h // group * k_step)
+                unit = gl.load(v_scale_ptr + h // group * v_step)
+            skipped = 0
+            if CAUSAL:
+                end = gl.minimum(gl.minimum(first + HALF, n_q) + n_k - n_q, n_k)
+                skipped = gl.maximum(tiles - gl.cdiv(gl.maximum(end, 0), BLOCK_N), 0)
+            mbarrier.wait(q_ready.index(INDEX), turn & 1)
+            _skip_tiles(base, skipped, k_ready, k_free, v_ready, v_free, STAGES)
+            total = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SCORES))
+            acc = gl.zeros((HALF, DV), gl.float32, ACC)
+            if skipped < tiles:
+                acc, total = attend_block(
+                    acc, skipped, tiles, base, first, q, k, v, q_free.index(INDEX), k_ready, k_free,
+                    v_ready, v_free, n_q, n_k, scale, CAUSAL, VARLEN, TURNED, SHARED, DV, BLOCK_N,
+                    STAGES, SCORES, ACC,
+                )  # fmt: skip
+            elif not SHARED:
+                mbarrier.arrive(q_free.index(INDEX), count=1)
+            base += tiles
+            total = gl.where(total > 0.0, total / unit, 1.0)
+            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None]
+            if not VARLEN:
                 tma.store_wait(0)
-            mbarrier.arrive(q_free.index(INDEX), count=1)
+            out_rows.index(INDEX).store(acc.to(out_rows.dtype))
+            if VARLEN:
+                _store_rows(out_ptr, out_rows.index(INDEX), h, first, q_start, n_q, heads, d_v, DV)
+            else:
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_boxes, [b, h, first, 0], out_ring.index(INDEX))
+            if SHARED:
+                if VARLEN:
+                    fence_async_shared()
+                else:
+                    tma.store_wait(0)
+                mbarrier.arrive(q_free.index(INDEX), count=1)
+            turn += 1
         index += gl.num_programs(0)
-        turn += 1
     if not VARLEN:
         tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "q_step", "k_step", "v_step", "len_q", "len_k", "heads", "group", "pairs", "wave", "blocks",
+        "q_step", "k_step", "v_step", "len_q", "len_k", "sequences", "heads", "group", "pairs", "wave",
+        "blocks",
     ]
 )  # fmt: skip
 def _flash_attention_sm90_kernel(
     q_boxes, k_boxes, v_boxes, out_boxes, out_ptr, cu_q_ptr, cu_k_ptr, q_scale_ptr, k_scale_ptr,
-    v_scale_ptr, q_step, k_step, v_step, len_q, len_k, heads, group, pairs, wave, blocks,
+    v_scale_ptr, q_step, k_step, v_step, len_q, len_k, sequences, heads, group, pairs, wave, blocks,
     d_v, scale,
     CAUSAL: gl.constexpr, VARLEN: gl.constexpr, SCALED: gl.constexpr,
     SHARED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -269,7 +252,7 @@ def _flash_attention_sm90_kernel(
         mbarrier.init(k_free.index(stage), count=CONSUMERS)
         mbarrier.init(v_free.index(stage), count=CONSUMERS)
     barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
-    work = (cu_q_ptr, cu_k_ptr, len_q, len_k, heads, group, pairs, wave, blocks)
+    work = (cu_q_ptr, cu_k_ptr, len_q, len_k, sequences, heads, group, pairs, wave, blocks)
     scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, q_step, k_step, v_step)
     consumer = (out_ptr, out_boxes, q_rows, out_rows, out_ring, k, v, d_v, scale, scales)
     producer = (q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring)
@@ -378,9 +361,9 @@ def refused(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> str | None:
     size, wide = q.element_size(), _padded(q, v)
     if size == 4:
         return "float32 has no fast matmul"
-    if varlen:
-        return "sequences of different lengths: not yet tried on a GPU"
-    if wide not in (TILES if size == 2 else TILES[:2]):
+    if varlen and size == 1:
+        return "8-bit values of different lengths are not turned"
+    if wide not in (TILES if size == 2 else NARROW):
         return f"heads of {q.shape[-1]} and {v.shape[-1]} are left to the portable kernel"
     if k.shape[-3] == 0:
         return "there are no keys"
@@ -404,33 +387,51 @@ def launch(
     q_scale: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> None:  # fmt: skip
-    """Attend into `out` what `flash_attention` says of its arguments, of which `refused` must say None."""
+    """Attend into `out` what `flash_attention` says of its arguments, of which `refused` must say None.
+
+    All of `out` is written: rows behind the last sequence are 0.
+    """
     heads, (kv_heads, d_v) = q.shape[-2], v.shape[-2:]
     varlen = cu_seqlens_q is not None
     sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     size, wide = q.element_size(), _padded(q, v)
     config = config or default_config(size, *wide)
-    n, group, pairs = config.block_n, heads // kv_heads, sequences * heads
-    blocks = cdiv(max_q, HALF.value * config.consumers) * pairs
+    n, group, rows = config.block_n, heads // kv_heads, max_q
     wave = group * max(1, L2_BYTES // max(1, max_k * sum(wide) * size))
+    boxed = out
     if varlen:
-        q, k, v, rows = q[None], k[None], v[None], out[None]
-    else:
-        rows = out
+        q, k, v, boxed, rows = q[None], k[None], v[None], out[None], q.shape[0]
+    blocks, stay = _grid(config, rows, sequences, heads, causal, varlen)
+    programs = min(blocks, sm_count(q.device)) if stay else blocks
+    pairs = heads if varlen else heads * sequences
     v_boxes = _boxes(v, n, wide[1]) if size == 2 else _turned(v, n, wide[1])
     scales = (q_scale, k_scale, v_scale)
-    programs = blocks if causal or varlen else min(blocks, sm_count(q.device))
     pointers = (cu_seqlens_q, cu_seqlens_k, *scales)
     _flash_attention_sm90_kernel[(programs,)](
         _boxes(q, HALF.value, wide[0]), _boxes(k, n, wide[0]), v_boxes,
-        _boxes(rows, HALF.value, wide[1]), out, *(out if x is None else x for x in pointers),  # Gluon's tuples hold no None
+        _boxes(boxed, HALF.value, wide[1]), out,
+        *(out if x is None else x for x in pointers),  # Gluon's tuples hold no None
         *(0 if s is None or s.shape[0] == 1 else 1 for s in scales),
-        max_q, max_k, heads, group, pairs, min(wave, pairs), blocks, d_v, softmax_scale * LOG2_E,
+        rows, max_k, sequences, heads, group, pairs, min(wave, pairs), blocks, d_v,
+        softmax_scale * LOG2_E,
         CAUSAL=causal, VARLEN=varlen, SCALED=q_scale is not None, SHARED=config.shared, BLOCK_N=n,
         STAGES=config.stages, CONSUMERS=config.consumers, REGISTERS=config.registers,
         PRODUCER_REGISTERS=config.producer_registers, num_warps=4,
         maxnreg=168 if config.consumers == 2 else 128,
     )  # fmt: skip
+
+
+def _grid(
+    config: Config, rows: int, sequences: int, heads: int, causal: bool, varlen: bool
+) -> tuple[int, bool]:
+    """How many blocks there are, and whether a program takes more than one of them.
+
+    `rows` of the longest sequence, or of all together if they lie one behind the other.
+    """
+    block_m = HALF.value * config.consumers
+    if varlen:
+        return (rows // block_m + sequences + 1) * heads, causal or rows <= SHORT * sequences
+    return cdiv(rows, block_m) * sequences * heads, not causal
 
 
 def _boxes(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
