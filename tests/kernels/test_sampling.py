@@ -11,7 +11,7 @@ from transformers import (
 
 from tests.kernels.check import check
 from tests.kernels.launches import record_launches
-from tlk.kernels import sampling
+from tlk.kernels import _spans, sampling
 from tlk.kernels._philox import gumbel_reference, philox_reference
 from tlk.kernels._threshold import threshold_reference
 from tlk.kernels.sampling import (
@@ -25,7 +25,7 @@ from tlk.kernels.sampling import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OFF = (1.0, 0, 1.0, 0.0)
-# temperature, top_k, top_p, min_p: each filter alone and together, held by the lanes and not
+# temperature, top_k, top_p, min_p: each filter alone and together
 SETTINGS = [
     (0.0, 0, 1.0, 0.0),
     OFF,
@@ -40,10 +40,12 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """64 lanes, so that a short row has many tiles and lanes overflow."""
-    monkeypatch.setattr(sampling, "default_config", lambda n_cols: (64, 2))
+@pytest.fixture(params=[16, 1024])
+def small_tiles(request, monkeypatch):
+    """Tiles of 16 spans, so that a short row has several; lists that hold what is left, or not."""
+    monkeypatch.setattr(_spans, "COLUMNS", 256)
+    monkeypatch.setattr(sampling, "BLOCK", 512)
+    monkeypatch.setattr(sampling, "MOST", request.param)
 
 
 def requests(settings, device, seed=0):
@@ -147,18 +149,16 @@ def test_sample_from_a_vocabulary(device):
 
 
 def test_kernel_draws_every_kept_token_and_no_other(device, small_tiles):
-    logits = torch.randn(200).to(device).expand(60, -1)
-    args = requests([(5.0, 9, 0.75, 0.3)] * 60, device)
+    logits = torch.randn(200).to(device).expand(36, -1)
+    args = requests([(5.0, 9, 0.75, 0.3)] * 36, device)
     threshold = threshold_reference(logits[:1].cpu(), *(a[:1].cpu() for a in args[:4]))
     kept = (logits[0].cpu() >= threshold).nonzero().flatten().tolist()
     assert len(kept) == 7  # by top-p; top-k alone keeps 9
     assert sorted(set(agrees(logits, args).tolist())) == kept
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_refused_tokens_are_drawn_again(parts, device, small_tiles, monkeypatch):
+def test_refused_tokens_are_drawn_again(device, small_tiles):
     """Little of a flat row is kept, so that most first tokens are refused, and some several times."""
-    monkeypatch.setattr(sampling, "parts_of", lambda *_: parts)
     logits = torch.randn(12, 5000, device=device)
     agrees(
         logits, requests([(3.0, 0, 0.05, 0.0), (1.0, 0, 0.3, 0.0), (9.0, 0, 1.0, 0.8)] * 4, device)
@@ -218,7 +218,7 @@ def test_ties_at_a_threshold_are_all_kept(device, small_tiles):
     rows = requests(settings, "cpu")[:4]
     threshold = threshold_reference(values.expand(4, -1), *rows)
     assert (values >= threshold[:, None]).sum(-1).tolist() == kept
-    # each distinct value fills lanes, so that nothing but the row search can count it
+    # more equals than a list holds
     logits = values.repeat(80).to(device)[torch.randperm(640, device=device)].expand(15, -1)
     settings = [(9.0, 200, 1.0, 0.0), (9.0, 0, 0.5, 0.0), (9.0, 300, 0.9, 0.0), (9.0, 0, 1.0, 0.8)]
     agrees(logits, requests([*settings, (9.0, 600, 1.0, 0.8)] * 3, device))
@@ -231,23 +231,44 @@ def test_equal_logits_are_drawn_evenly(dtype, device, small_tiles):
     assert len(set(tokens.tolist())) == 2
 
 
-def test_largest_logits_in_one_lane(device, small_tiles):
-    """The top 12 share a lane that holds four, so top-k and the mass it leaves need the row."""
+def test_largest_logits_in_one_span(device, small_tiles):
+    """The top 12 share a span of 16, so that the largest of 12 spans say little of the threshold."""
     logits = torch.randn(800)
-    logits[5::64] = 9 - 0.1 * torch.randperm(13)
+    logits[32:45] = 9 - 0.1 * torch.randperm(13)
     settings = [(9.0, 12, 1.0, 0.0), (9.0, 0, 0.99, 0.0), (9.0, 12, 0.3, 0.0)]
-    # of the 12, e^-0.1 apart, 0.3 of the mass is in three; of the four in the lane, in two
+    # of the 12, e^-0.1 apart, 0.3 of the mass is in three
     settings += [(1.0, 12, 0.3, 0.0)] * 5 + [(9.0, 12, 0.3, 0.0)] * 2
     agrees(logits.expand(10, -1).to(device), requests(settings, device))
 
 
-def test_search_counts_what_lies_above_its_bracket(device, small_tiles):
-    """Twenty logits of one lane lie far above; the lanes find the ten more, of 63, that are kept."""
-    logits = torch.full((1280,), -torch.inf)
-    logits[:64] = torch.randn(64)
-    logits[::64] = 1e4
-    settings = [(1e5, 30, 1.0, 0.0), (1e5, 0, 0.37, 0.0)] * 4
-    agrees(logits.expand(8, -1).to(device), requests(settings, device))
+def test_top_p_of_what_top_k_left(device, small_tiles):
+    """Of 40 logits listed for two spans, top-k leaves two: half of their mass is the first."""
+    logits = torch.full((12, 64), -torch.inf, device=device)
+    logits[:, :16] = 0.0
+    logits[:, [3, 5]] = torch.tensor([1.0, 0.9], device=device)
+    logits[:, 20] = 0.0
+    tokens = agrees(logits, requests([(1.0, 2, 0.5, 0.0)] * 12, device))
+    assert tokens.tolist() == [3] * 12
+
+
+def test_top_k_of_more_than_the_spans_that_have_logits(device, small_tiles):
+    logits = torch.full((12, 640), -torch.inf, device=device)
+    logits[:, 64:80], logits[:, 300] = torch.randn(16), 3.0
+    agrees(logits, requests([(9.0, 11, 1.0, 0.0), (50.0, 30, 0.99, 0.0)] * 6, device))
+
+
+def test_one_top_k_for_each_span(device, small_tiles):
+    """The least of the spans' largest logits is the threshold."""
+    logits = torch.full((12, 640), -torch.inf, device=device)
+    logits[:, [70, 300]] = torch.tensor([1.0, 1.5], device=device)
+    tokens = agrees(logits, requests([(9.0, 2, 1.0, 0.0)] * 12, device))
+    assert set(tokens.tolist()) == {70, 300}
+
+
+def test_top_k_of_the_whole_row_is_none(device, small_tiles):
+    logits = torch.randn(1, 300, device=device).expand(16, -1)
+    kept = [(5.0, k, 0.9, 0.0) for k in (0, -1, 300, 301)] * 4
+    agrees(logits, requests(kept, device))
 
 
 def test_masked_tokens_are_never_drawn(device, small_tiles):
@@ -275,6 +296,13 @@ def test_invalid_logits(device, small_tiles):
     assert tokens[[2, 3, 5]].tolist() == [0, 0, 0]
     logprobs = sample(logits, *requests(settings, device))[1]
     assert logprobs[[2, 3, 5]].tolist() == [-inf] * 3
+
+
+def test_invalid_logits_where_tokens_are_refused(device, small_tiles):
+    logits = torch.randn(8, 2000, device=device)
+    logits[:, ::7] = torch.nan
+    logits[:, 1::7] = -torch.inf
+    agrees(logits, requests([(3.0, 0, 0.05, 0.0), (1.0, 0, 0.3, 0.1)] * 4, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -399,20 +427,20 @@ def test_top_logprobs_reference_is_torch():
     torch.testing.assert_close((values, ids), tuple(want.topk(5)))
 
 
-def test_top_logprobs_of_one_lane(device, small_tiles):
-    """Ten of the largest share a lane that holds four: it has to be filled again."""
+def test_top_logprobs_of_one_span(device, small_tiles):
+    """Twelve of the largest share a span."""
     logits = torch.randn(1, 700, device=device)
-    logits[0, 9::64] += 20
-    _, ids, _ = top_logprobs(logits, torch.zeros(1, dtype=torch.int64, device=device), 12)
-    assert ids.cpu().tolist() == logits.cpu().sort(-1, descending=True).indices[:, :12].tolist()
+    logits[0, 65:77] += 20
+    _, ids, _ = top_logprobs(logits, torch.zeros(1, dtype=torch.int64, device=device), 14)
+    assert ids.cpu().tolist() == logits.cpu().sort(-1, descending=True).indices[:, :14].tolist()
 
 
-def test_top_logprobs_of_equals_in_one_lane(device, small_tiles):
+def test_top_logprobs_of_equals_of_one_span_and_more(device, small_tiles):
     logits = torch.randn(1, 700)
-    logits[0, 9::64] = 20.0
+    logits[0, 9::20] = 20.0
     token = torch.zeros(1, dtype=torch.int64, device=device)
-    _, ids, _ = top_logprobs(logits.to(device), token, 11)
-    assert ids.tolist() == [list(range(9, 700, 64))]
+    _, ids, _ = top_logprobs(logits.to(device), token, 30)
+    assert ids.tolist() == [list(range(9, 9 + 600, 20))]
 
 
 def test_top_logprobs_lists_no_impossible_token(device, small_tiles):
@@ -433,9 +461,10 @@ def test_top_logprobs_lists_no_impossible_token(device, small_tiles):
 def test_the_kernels_ran_and_not_their_references(device, monkeypatch):
     logits, args = torch.randn(2, 1500, device=device), penalties(2, 1500, device)
     for name, grid, run in (
-        ("_mass_kernel", (2, 8), lambda: sample(logits, *requests([OFF] * 2, device))),
+        ("_spans_kernel", (2, 1), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_sample_kernel", (2,), lambda: sample(logits, *requests([OFF] * 2, device))),
         ("_apply_penalties_kernel", (2, 2), lambda: apply_penalties_(logits, *args)),
+        ("_spans_kernel", (2, 1), lambda: top_logprobs(logits, args[1][:, 0].long(), 1)),
         ("_top_logprobs_kernel", (2,), lambda: top_logprobs(logits, args[1][:, 0].long(), 1)),
     ):
         grids = record_launches(monkeypatch, sampling, name)

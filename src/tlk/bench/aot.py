@@ -52,7 +52,8 @@ def compile_case(job: Job, known: set[tuple[str, bool]]) -> list[Kernel]:
     inputs = job.case.inputs(Inputs("cpu", job.dtype, empty=True))
     with dry_run(job.sm) as launches:
         _run_each_way(partial(job.case.run, *inputs))
-    new = {(x.compiled.hash, x.large): x.compiled for x in launches}
+    gathers = job.case.gathers
+    new = {(x.compiled.hash, x.large and x.kernel not in gathers): x.compiled for x in launches}
     return [Kernel(*key, measure(new[key])) for key in new.keys() - known]
 
 

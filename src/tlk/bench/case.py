@@ -40,6 +40,7 @@ class Case:
     `options` are what `run` knows beside the tensors, for peers of other packages
     (`tlk.bench.kernel_peers`). A case without `gate` is timed but not compiled ahead of time:
     its kernels are those of another case. Below the capability `oldest` no kernel runs it.
+    `gathers` names kernels that read single elements where the data say, and few of them.
     `tolerance` bounds the error of the whole output, in the root-mean-square sense, against
     `reference` (bf16 rounds each value by up to 2⁻⁹ = 0.2 %); of integers, the share that differs.
     """
@@ -56,6 +57,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     gate: bool = True
     oldest: int = 75
+    gathers: tuple[str, ...] = ()
     tolerance: float = 0.01
 
     def __str__(self) -> str:

@@ -12,14 +12,19 @@ The filters come in the order of vLLM and transformers and keep all tokens that 
 (`_threshold.py`). NaN counts as -inf, +inf as the largest float32. A row without any logit above -inf
 gives token 0 and log-probability -inf.
 
-Plan of `sample`, two launches and no sort. Rows without top-k are drawn from before any threshold is
-known, and what top-p or min-p does not keep is refused (`_draw.py`): some 15 instructions per logit
-for the masses, as many again to check a token. Of rows with top-k, one program each keeps the four
-largest values of each lane in registers, where usual thresholds are found and the token is drawn, and
-takes the log-sum-exp in a second pass: some 40 instructions per logit. S·V·itemsize bytes from memory;
-rows with top-k that keep more than the registers hold cost a few passes more.
-`apply_penalties_` moves 13·S·V bytes, `top_logprobs` S·V·itemsize.
+Plan of `sample`, two launches and no sort. The first reads the rows at bandwidth, whatever their
+number, and leaves two or three sums of each span of 64 columns or so (`_spans.py`). In the second, one
+program a row holds the sums of its 2048 spans. Top-k: the k-th largest of the spans' largest logits
+bounds the threshold from below, and some k spans reach it; the few logits that do are listed, searched
+and drawn from. Without top-k, a token is drawn before any threshold is known, and what top-p or min-p
+does not keep is refused (`_draw.py`). S·V·itemsize bytes, some 15 instructions a logit; with top-p, of
+what may lie above its token a row reads as much again as decides. Rows whose list overflows (k near
+1000, or as many equal logits) cost some 12 passes by one program.
+`top_logprobs` is the same two launches and lists as `sample` does.
+`apply_penalties_` moves 13·S·V bytes.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -33,31 +38,25 @@ from tlk.kernels._check import (
     check_last_dim_contiguous,
     check_shape,
 )
-from tlk.kernels._device import sm_count
-from tlk.kernels._draw import (
-    _mass_kernel,
-    accepted,
-    draw_lane,
-    draw_reference,
-    draw_row,
-    in_bounds,
-    lanes_of,
-)
+from tlk.kernels._draw import draw_by_refusals, draw_of_top_k, draw_reference
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels._op import op
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels._philox import QUARTER, gumbel_reference
+from tlk.kernels._spans import (
+    _spans_kernel,
+    bound_key,
+    collect,
+    listed,
+    row_of_spans,
+    span_count,
+    span_width,
+    tile_spans,
+)
 from tlk.kernels._threshold import (
-    LOWEST,
     cleaned,
     floor_reference,
-    key_of,
-    lane_search,
-    lane_sum,
-    lane_top,
     load_row,
-    row_mass,
-    row_search,
     threshold_reference,
     value_of,
 )
@@ -120,90 +119,47 @@ def _token_logprobs(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 @triton.jit
-def _by_lanes(
-    row_ptr, n_cols, temperature, top_k, top_p, min_p, seed, offset,
-    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The token of a row with top-k, or of one that takes the largest, and the largest logit."""
-    v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
-    top = tl.max(v0, 0)
-    token = tl.min(tl.where(v0 == top, c0, n_cols), 0)
-    top = tl.maximum(top, LOWEST)
-    if temperature > 0:
-        temperature = in_bounds(temperature)
-        inv_t = tl.div_rn(1.0, temperature)
-        floor = top + temperature * tl.log(tl.minimum(tl.maximum(min_p, 1e-37), 1.0))
-        floor = tl.where(min_p > 0, tl.maximum(floor, LOWEST), LOWEST)
-        by_p = top_p < 1
-        lo, hi = key_of(tl.minimum(top, LOWEST), SHIFT), key_of(top, SHIFT) + 1
-        kth = lane_search(v0, v1, v2, v3, lo, hi, top_k, top, inv_t, False, SHIFT)
-        pth = kth
-        if by_p:
-            mass = lane_sum(v0, v1, v2, v3, value_of(kth, SHIFT), top, inv_t, True)
-            pth = lane_search(v0, v1, v2, v3, kth, hi, top_p * mass, top, inv_t, True, SHIFT)
-        threshold = tl.maximum(value_of(pth, SHIFT), floor)
-        # The mass that top-p is a part of is right only if the lanes hold all that top-k left.
-        held = tl.where(by_p, value_of(kth, SHIFT), threshold)
-        if tl.max(v3, 0) < held:
-            best = float("-inf")
-            best, token = draw_lane(
-                best, token, v0, c0, n_cols, threshold, top, inv_t, seed, offset, QUARTER
-            )
-            best, token = draw_lane(
-                best, token, v1, c1, n_cols, threshold, top, inv_t, seed, offset, QUARTER
-            )
-            best, token = draw_lane(
-                best, token, v2, c2, n_cols, threshold, top, inv_t, seed, offset, QUARTER
-            )
-            best, token = draw_lane(
-                best, token, v3, c3, n_cols, threshold, top, inv_t, seed, offset, QUARTER
-            )
-        else:
-            # what the lanes found counts too little, so it is at or below the threshold sought
-            kth = row_search(row_ptr, n_cols, kth, hi, top_k, top, inv_t, False, SHIFT, BLOCK)
-            pth = kth
-            if by_p:
-                mass = row_mass(row_ptr, n_cols, value_of(kth, SHIFT), top, inv_t, BLOCK)
-                pth = row_search(
-                    row_ptr, n_cols, pth, hi, top_p * mass, top, inv_t, True, SHIFT, BLOCK
-                )
-            threshold = tl.maximum(value_of(pth, SHIFT), floor)
-            token = draw_row(
-                token, row_ptr, n_cols, threshold, top, inv_t, seed, offset,
-                QUARTER, BLOCK if BLOCK < QUARTER else QUARTER,
-            )  # fmt: skip
-    return token, top
-
-
-@triton.jit
 def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr,
-    masses_ptr, parts_ptr, tokens_ptr, logprobs_ptr, stride, n_cols,
-    SHIFT: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    PARTS: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+    sums_ptr, lists_ptr, tokens_ptr, logprobs_ptr, stride, n_cols, n_spans,
+    SHIFT: tl.constexpr, QUARTER: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr,
+    TILE: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
+    sums_ptr += row * 4 * n_spans
     wait_for_previous(PDL)
+    tops, top, total = row_of_spans(sums_ptr, n_spans, SPANS)
     temperature, top_k = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row)
     top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     seed, offset = tl.load(seeds_ptr + row), tl.load(offsets_ptr + row)
-    if (temperature > 0) & ((top_k <= 0) | (top_k >= n_cols)):
-        token, top, total = accepted(
-            row_ptr, masses_ptr + row * LANES, parts_ptr + row * PARTS * 2, n_cols, temperature,
-            top_p, min_p, seed, offset, SHIFT, LANES, PARTS, STEPS,
+    list_ptr = lists_ptr + row * (MOST + SPANS)
+    if temperature <= 0:
+        token = _first_of_the_largest(row_ptr, tops, n_cols, WIDTH, SPANS)
+    elif (top_k <= 0) | (top_k >= n_cols):
+        token = draw_by_refusals(
+            row_ptr, sums_ptr, list_ptr, tops, top, n_cols, n_spans, temperature, top_p, min_p,
+            seed, offset, SHIFT, WIDTH, SPANS, 2 * TILE,
         )  # fmt: skip
     else:
-        token, top = _by_lanes(
-            row_ptr, n_cols, temperature, top_k, top_p, min_p, seed, offset, SHIFT, QUARTER, BLOCK
-        )
-        total = row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK)
+        token = draw_of_top_k(
+            row_ptr, list_ptr, tops, top, n_cols, temperature, top_k, top_p, min_p, seed, offset,
+            SHIFT, QUARTER, WIDTH, SPANS, TILE, MOST, BLOCK,
+        )  # fmt: skip
     x = load_row(row_ptr, token, n_cols)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(
         logprobs_ptr + row, tl.where(x > float("-inf"), x - top - tl.log(tl.maximum(total, 1.0)), x)
     )
+
+
+@triton.jit
+def _first_of_the_largest(row_ptr, tops, n_cols, WIDTH: tl.constexpr, SPANS: tl.constexpr):
+    largest = tl.max(tops, 0)
+    span = tl.min(tl.where(tops == largest, tl.arange(0, SPANS), SPANS), 0)
+    columns = span * WIDTH + tl.arange(0, WIDTH)
+    return tl.min(tl.where(load_row(row_ptr, columns, n_cols) == largest, columns, n_cols), 0)
 
 
 @triton.jit
@@ -232,45 +188,77 @@ def _apply_penalties_kernel(
 
 @triton.jit
 def _top_logprobs_kernel(
-    logits_ptr, tokens_ptr, token_logprobs_ptr, ids_ptr, logprobs_ptr, stride, n_cols, n,
-    BLOCK: tl.constexpr,
+    logits_ptr, tokens_ptr, sums_ptr, lists_ptr, token_logprobs_ptr, ids_ptr, logprobs_ptr, stride,
+    n_cols, n_spans, n, SHIFT: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr,
+    TILE: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    allow_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, float("inf"), n_cols, BLOCK)
-    top = tl.maximum(tl.max(v0, 0), LOWEST)
-    log_mass = tl.log(tl.maximum(row_mass(row_ptr, n_cols, LOWEST, top, 1.0, BLOCK), 1.0))
+    list_ptr = lists_ptr + row * (MOST + SPANS)
+    wait_for_previous(PDL)
+    tops, top, total = row_of_spans(sums_ptr + row * 4 * n_spans, n_spans, SPANS)
+    log_mass = tl.log(tl.maximum(total, 1.0))
     x = load_row(row_ptr, tl.load(tokens_ptr + row), n_cols)
     tl.store(token_logprobs_ptr + row, tl.where(x > float("-inf"), x - top - log_mass, x))
+    bound = value_of(bound_key(tops, top, n, SHIFT), SHIFT)
+    count = collect(row_ptr, list_ptr, tops, bound, n_cols, WIDTH, SPANS, TILE, MOST)
+    x, columns = listed(row_ptr, list_ptr, tl.minimum(count, MOST), n_cols, MOST)
+    value, column = float("inf"), n_cols
     for i in range(n):
-        value = tl.max(v0, 0)
-        column = tl.min(tl.where(v0 == value, c0, n_cols), 0)
+        if count <= MOST:
+            value = tl.max(x, 0)
+            column = tl.min(tl.where(x == value, columns, n_cols), 0)
+            x = tl.where(columns == column, float("-inf"), x)
+        else:
+            value, column = _next_of_row(row_ptr, n_cols, value, column, BLOCK)
         exists = value > float("-inf")
         tl.store(ids_ptr + row * n + i, tl.where(exists, column, -1).to(tl.int64))
         tl.store(logprobs_ptr + row * n + i, tl.where(exists, value - top - log_mass, value))
-        hit = (v0 == value) & (c0 == column)
-        v0, v1, v2 = tl.where(hit, v1, v0), tl.where(hit, v2, v1), tl.where(hit, v3, v2)
-        c0, c1, c2 = tl.where(hit, c1, c0), tl.where(hit, c2, c1), tl.where(hit, c3, c2)
-        v3 = tl.where(hit, float("-inf"), v3)
-        # an empty lane may have had a fifth value
-        if (n_cols > 4 * BLOCK) & exists & (tl.min(tl.where(hit, v0, top), 0) == float("-inf")):
-            v0, v1, v2, v3, c0, c1, c2, c3 = lane_top(row_ptr, n_cols, value, column, BLOCK)
 
 
-def default_config(n_cols: int) -> tuple[int, int]:
-    """Lanes and warps of a row: eight logits a thread, a 16-byte load of 16-bit logits."""
-    block = min(max(next_power_of_2(n_cols), 128), 4096)
-    return block, max(block // 256, 1)
+@triton.jit
+def _next_of_row(row_ptr, n_cols, value, column, BLOCK: tl.constexpr):
+    """The largest logit after (`value`, `column`), and its column: the lowest one first of equals."""
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    found = tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, n_cols, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = load_row(row_ptr, columns, n_cols)
+        after = (x < value) | ((x == value) & (columns > column))
+        over = after & (x > best)
+        best, found = tl.where(over, x, best), tl.where(over, columns, found)
+    value = tl.max(best, 0)
+    return value, tl.min(tl.where(best == value, found, n_cols), 0)
 
 
-def parts_of(n_rows: int, lanes: int, processors: int) -> int:
-    """Programs that share the lanes of a row, 256 or more each, so that there are some for all SMs."""
-    most = max(lanes // 256, 1)
-    return next((p for p in (1, 2, 4) if n_rows * p >= 2 * processors or p >= most), min(8, most))
+MOST = 1024  # logits that a program lists and holds
+BLOCK = 8192  # columns of a tile of a row that is read whole
+WARPS = 16
 
 
 # Bits of a float32 that logits of a 16-bit dtype never set.
 _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+def _measure(
+    logits: Tensor, temperature: Tensor | None = None, top_k: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Launch the sums of all spans; return them, room for lists, and constants of the next launch."""
+    n_rows, n_cols = logits.shape
+    width, n_spans, dependent = span_width(n_cols), span_count(n_cols), pdl(logits.device)
+    tile, spans = tile_spans(n_cols), next_power_of_2(n_spans)
+    most = min(MOST, max(next_power_of_2(n_cols), 16))
+    sums = torch.empty(n_rows, 4, n_spans, dtype=torch.float32, device=logits.device)
+    lists = torch.empty(n_rows, most + spans, dtype=torch.int32, device=logits.device)
+    _spans_kernel[(n_rows, n_spans // tile)](
+        logits, temperature, top_k, sums, logits.stride(0), n_cols, n_spans,
+        WIDTH=width, TILE=tile, PDL=dependent, num_warps=4, launch_pdl=dependent,
+    )  # fmt: skip
+    return sums, lists, {
+        "SHIFT": _UNUSED_BITS[logits.dtype], "WIDTH": width, "SPANS": spans, "TILE": tile,
+        "MOST": most, "BLOCK": BLOCK, "PDL": dependent, "num_warps": WARPS, "launch_pdl": dependent,
+    }  # fmt: skip
 
 
 @op(sample_reference, fake=_fake_sample)
@@ -281,24 +269,11 @@ def _sample(
     n_rows, n_cols = logits.shape
     tokens = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
-    block, warps = default_config(n_cols)
-    lanes = lanes_of(n_cols)
-    parts = parts_of(n_rows, lanes, sm_count(logits.device))
-    masses = torch.empty(n_rows, lanes, dtype=torch.float32, device=logits.device)
-    of_parts = torch.empty(n_rows, parts, 2, dtype=torch.float32, device=logits.device)
-    dependent = pdl(logits.device)
     if n_rows:
-        _mass_kernel[(n_rows, parts)](
-            logits, temperature, top_k, masses, of_parts, logits.stride(0), n_cols,
-            LANES=lanes, WIDTH=lanes // parts, PDL=dependent,
-            num_warps=max(lanes // parts // 256, 1), launch_pdl=dependent,
-        )  # fmt: skip
+        sums, lists, constants = _measure(logits, temperature, top_k)
         _sample_kernel[(n_rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, offsets, masses, of_parts, tokens,
-            logprobs, logits.stride(0), n_cols,
-            SHIFT=_UNUSED_BITS[logits.dtype], QUARTER=QUARTER, BLOCK=block, LANES=lanes,
-            PARTS=parts, STEPS=next_power_of_2(cdiv(n_cols, lanes)), PDL=dependent,
-            num_warps=warps, launch_pdl=dependent,
+            logits, temperature, top_k, top_p, min_p, seeds, offsets, sums, lists, tokens, logprobs,
+            logits.stride(0), n_cols, sums.shape[2], QUARTER=QUARTER, **constants,
         )  # fmt: skip
     return tokens, logprobs
 
@@ -324,11 +299,11 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tenso
     logprobs = torch.empty(n_rows, n, dtype=torch.float32, device=logits.device)
     ids = torch.empty(n_rows, n, dtype=torch.int64, device=logits.device)
     token_logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
-    block, warps = default_config(n_cols)
     if n_rows:
+        sums, lists, constants = _measure(logits)
         _top_logprobs_kernel[(n_rows,)](
-            logits, tokens, token_logprobs, ids, logprobs, logits.stride(0), n_cols, n,
-            BLOCK=block, num_warps=warps,
+            logits, tokens, sums, lists, token_logprobs, ids, logprobs, logits.stride(0), n_cols,
+            sums.shape[2], n, **constants,
         )  # fmt: skip
     return token_logprobs, ids, logprobs
 

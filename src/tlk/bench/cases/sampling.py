@@ -57,7 +57,7 @@ def _sample_case(rows: int, columns: int, name: str, gate: bool = True) -> Case:
         "sample", f"S{rows}-V{columns}-{name}", inputs, sample,
         lambda size: rows * columns * size, sample_reference, peers={"torch": _torch_sample},
         options=dict(zip(("temperature", "top_k", "top_p", "min_p"), SETTINGS[name], strict=True)),
-        gate=gate,
+        gate=gate, gathers=("_sample_kernel",),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def _torch_penalties(
     logits -= presence[:, None] * output
 
 
-def _penalties_case(rows: int) -> Case:
+def _penalties_case(rows: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, ...]:
         return (
             new.randn(rows, VOCABULARY, dtype=torch.float32),
@@ -86,7 +86,7 @@ def _penalties_case(rows: int) -> Case:
     return Case(
         "apply_penalties_", f"S{rows}-V{VOCABULARY}", inputs, apply_penalties_,
         lambda size: 13 * rows * VOCABULARY, apply_penalties_reference,
-        peers={"torch": _torch_penalties}, dtypes=(torch.float32,),
+        peers={"torch": _torch_penalties}, dtypes=(torch.float32,), gate=gate,
     )  # fmt: skip
 
 
@@ -96,19 +96,20 @@ def _torch_top(logits: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor, 
     return logprobs.gather(-1, tokens[:, None])[:, 0], ids, values
 
 
-def _top_case(rows: int, n: int) -> Case:
+def _top_case(rows: int, n: int, gate: bool = True) -> Case:
     def inputs(new: Inputs) -> tuple[Tensor, Tensor, int]:
         return new.randn(rows, VOCABULARY), new.tensor(list(range(rows)), torch.int64), n
 
     return Case(
         "top_logprobs", f"S{rows}-V{VOCABULARY}-n{n}", inputs, top_logprobs,
         lambda size: rows * VOCABULARY * size, top_logprobs_reference, peers={"torch": _torch_top},
+        gate=gate, gathers=("_top_logprobs_kernel",),
     )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
-    *(_sample_case(s, VOCABULARY, "k50-p0.9") for s in (1, 32, 128, 512)),
-    # what follows, other than short rows, launches the same kernels
+    # all numbers of rows and all settings launch the same kernels
+    *(_sample_case(s, VOCABULARY, "k50-p0.9", gate=s == 1) for s in (1, 32, 128, 512)),
     *(_sample_case(s, VOCABULARY, "p0.9", gate=False) for s in (1, 32, 128, 512)),
     *(
         _sample_case(s, VOCABULARY, name, gate=False)
@@ -117,6 +118,6 @@ CASES: tuple[Case, ...] = (
     ),
     *(_sample_case(16, v, "k50-p0.9", gate=v in (500, 4000)) for v in (128, 500, 4000, 32000)),
     *(_sample_case(s, v, "k50-p0.9", gate=False) for s in (1, 64) for v in (151936, 129280)),
-    *(_penalties_case(s) for s in (1, 128)),
-    *(_top_case(s, n) for s in (1, 128) for n in (1, 20)),
+    *(_penalties_case(s, gate=s == 1) for s in (1, 128)),
+    *(_top_case(s, n, gate=s == 1) for s in (1, 128) for n in (1, 20)),
 )
