@@ -7,7 +7,8 @@ import triton.language as tl
 
 from tlk.bench import aot
 from tlk.bench.aot import Job, compile_case, main, plan, run
-from tlk.bench.case import Case
+from tlk.bench.case import Case, load_cases
+from tlk.kernels import tuning
 
 
 @triton.jit
@@ -52,6 +53,44 @@ def test_known_kernels_are_not_measured_again():
     job = Job(copies(1), torch.float16, 80)
     (kernel,) = compile_case(job, set())
     assert kernel.large and compile_case(job, {(kernel.hash, True)}) == []
+
+
+def test_the_table_and_the_heuristic_are_both_compiled(monkeypatch, tmp_path):
+    """Of two ops that are consulted one after another, the second only by the first's heuristic."""
+    monkeypatch.setenv("TLK_CACHE_DIR", str(tmp_path))
+
+    def configs(op, x):
+        found = tuning.lookup(op, 1, x.device, x.dtype, (64,), 64)
+        return {} if found is None else found
+
+    def run(x):
+        block = configs("outer", x).get("BLOCK", 0) or configs("inner", x).get("BLOCK", 1024)
+        _copy_kernel[((1 << 16) // block,)](x, torch.empty_like(x), 1, block)
+
+    for op, block in (("outer", 256), ("inner", 512)):
+        entry = tuning.Entry(1, "NVIDIA H100", "bfloat16", (64,), 6, {"BLOCK": block})
+        tuning.record(tuning.table_path(op, 90), [entry])
+    case = Case(
+        "tuned", "64Ki", lambda new: (new.randn(1 << 16),), run, lambda size: size << 17, run
+    )
+    assert len(compile_case(Job(case, torch.bfloat16, 90), set())) == 3
+    assert len(compile_case(Job(case, torch.bfloat16, 80), set())) == 1
+    assert len(compile_case(Job(case, torch.float16, 90), set())) == 1
+
+
+def test_the_shipped_table_does_not_hide_the_heuristic(monkeypatch, tmp_path):
+    """At shapes of the table for sm_90, at some of which the two differ."""
+    monkeypatch.setenv("TLK_CACHE_DIR", str(tmp_path))
+    counts = []
+    for shape in ("M1-N4096-K4096", "M16-N6144-K4096", "M32-N6144-K4096"):
+        (case,) = (c for c in load_cases()["matmul"] if str(c) == f"matmul-{shape}")
+        job = Job(case, torch.bfloat16, 90)
+        with tuning.forced("matmul", None):
+            plain = {kernel.hash for kernel in compile_case(job, set())}
+        kernels = {kernel.hash for kernel in compile_case(job, set())}
+        assert plain <= kernels
+        counts.append(len(kernels - plain))
+    assert max(counts) == 1
 
 
 def test_plan():
