@@ -23,6 +23,7 @@ COLOURS = (
     *("#8c564b", "#e377c2", "#bcbd22", "#17becf"),
 )
 MARKERS = "osD^vP*Xp"
+MANY = 6  # sizes: more of them stand aslant, lest they touch
 LOG_FROM = 20.0  # a linear axis hides what is so many times smaller than the rest
 
 
@@ -104,6 +105,8 @@ def _draw_lines(ax: Any, family: Family, styles: Mapping[str, tuple[str, str]]) 
     ax.plot(sizes, ours, color=OURS, marker="o", ms=4.5, lw=2.0, zorder=3)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [_size(n) for n in sizes], minor=False)
+    if len(sizes) > MANY:
+        ax.tick_params(axis="x", labelrotation=60)
     ax.minorticks_off()
     if max(drawn) > LOG_FROM * min(drawn):
         ax.set_yscale("log")
