@@ -126,6 +126,17 @@ def test_nothing_is_quantized_though_the_config_says_so(original, tmp_path):
         load(tmp_path)
 
 
+def test_scales_beyond_float16(original, tmp_path):
+    out = save(original, tmp_path / "out", Int4())
+    key = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite(out, lambda t: t[key].view(-1)[5:6].fill_(2**17))
+    assert load(out).dtype == torch.bfloat16
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj: its scales reach 1\.31e\+05"
+    ):
+        load(out, dtype="float16")
+
+
 def test_missing_and_surplus_tensors(original, tmp_path):
     out = save(original, tmp_path / "out", Int4())
     rewrite(out, lambda t: t.pop(f"{QKV[0]}.weight_shape"))

@@ -32,6 +32,7 @@ CACHE = (
     ("kv_scale", "kv_scale"),
 )
 """What the scales of keys and of values are called, after the name of the attention module."""
+HALF = torch.finfo(torch.float16).max
 UNUSED = ("q_scale", "prob_scale")
 
 
@@ -167,8 +168,21 @@ def load_quantized_layers(
             _read_part(plan, part, suffixes, tensors, _shape(modules[name], height), device, read)
             for (part, suffixes), height in zip(parts.items(), heights, strict=True)
         ]
+        if decoder.embedding.weight.dtype == torch.float16:
+            for part, layer in zip(parts, layers, strict=True):
+                _check_half(part, layer)
         whole = _one(list(parts), layers, modules[name])
         modules[name].store(*whole)
+
+
+def _check_half(module: str, layer: Layer) -> None:
+    """CheckpointError for scales beyond float16, in which the model is to run: its weights would be infinite."""
+    scale = layer.packed["scale"]
+    if scale.is_floating_point() and bool((scale.float().abs() > HALF).any()):
+        raise CheckpointError(
+            f"{module}: its scales reach {float(scale.float().abs().max()):.3g}, more than float16 holds: "
+            "load it in bfloat16"
+        )
 
 
 def _shape(linear: Linear, height: int) -> tuple[int, int]:
