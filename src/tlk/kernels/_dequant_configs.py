@@ -100,14 +100,17 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
         tiles *= 2
         if block_m < 8:
             warps, tiles = (8, 4) if block_m < 4 and not tall else (4, 4 if tall else 8)
-    return _mma(block_m, rows, warps, tiles, words, warps == 4 or grouped_bytes or words == 2)
+    return _mma(block_m, rows, warps, tiles, words, grouped_bytes)
 
 
 def _mma(
-    block_m: int, rows: int, warps: int, tiles: int, words: int, all_registers: bool
+    block_m: int, rows: int, warps: int, tiles: int, words: int, grouped_bytes: bool
 ) -> Config:
     meta = {"BLOCK_M": block_m, "ROWS": rows, "WARPS": warps, "TILES": tiles, "WORDS": words}
-    if all_registers:  # ptxas else aims for more programs an SM, and spills
+    # ptxas else aims for more programs an SM: it spills, or loads the next words after these are multiplied
+    if words == 2 and warps == 8 and block_m < 4:
+        meta["maxnreg"] = 128
+    elif warps == 4 or words == 2 or grouped_bytes:
         meta["maxnreg"] = 255
     return {"backend": "triton", "kernel": "mma", "meta": meta}
 
@@ -156,9 +159,10 @@ def candidates(
     if running <= 2 * FEW_ROWS:
         widths = (2, 4) if kind == "table4" and group == 64 else (4,)
         for words, rows, warps, tiles in product(widths, (1, 2), (4, 8), (1, 2, 4, 8)):
-            if tiles * rows * words * max(top // 8, 1) <= 32:
-                all_registers = warps == 4 or words == 2 or (halves(kind) == 1 and group < k)
-                found.append(_mma(top, rows, warps, tiles, words, all_registers))
+            fits = kind != "table4" or warps * rows * top <= 256  # sums of warps beside the table
+            if fits and tiles * rows * words * max(top // 8, 1) <= 32:
+                grouped_bytes = halves(kind) == 1 and group < k
+                found.append(_mma(top, rows, warps, tiles, words, grouped_bytes))
     if running >= FEW_ROWS:
         heights = sorted({min(max(height, 16), 128) for height in (top, top // 2, min(top, 64))})
         for block_m, (block_n, warps), splits, stages in product(

@@ -72,11 +72,9 @@ def _of_runs(value, BESIDE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _two_absmax(absmax, scale, outer):
-    """Of rows at `absmax`, which have `outer` of them: that of 256 scales with `scale` among them, and the next."""
-    block = scale >> 8
-    low = tl.load(absmax + tl.minimum(block, outer - 1))
-    return low, tl.load(absmax + tl.minimum(block + 1, outer - 1))
+def _absmax(rows, block, outer):
+    """absmax of a block of 256 scales, or the last one of `outer`."""
+    return tl.load(rows + tl.minimum(block, outer - 1))
 
 
 @triton.jit
@@ -84,7 +82,7 @@ def _nested_scales(
     code, low, high, offset, start, byte, lane_byte, values,
     GROUP: tl.constexpr, BESIDE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales of runs from `byte` on; the rest is of lanes, `low` and `high` of their first groups."""
+    """Scales of runs from `byte` on; the rest is of lanes, `low` of the block of their first groups, `high` of the next."""
     first = lane_byte.to(tl.uint32) // GROUP  # a signed division takes three instructions
     beyond = (
         byte.to(tl.uint32) // GROUP + _of_runs((start + first) % 256 - first, BESIDE, TILES) >= 256
@@ -262,7 +260,8 @@ def _mma_kernel(
         lane_byte = lane_tile * TILE + lane % 4 * (4 * WORDS)
         start, offset = tl.load(start_ptr + lane_row), tl.load(offset_ptr + lane_row)
         absmax = absmax_ptr + lane_row * outer
-        low, high = _two_absmax(absmax, start + lane_byte // GROUP, outer)
+        block = start + lane_byte // GROUP >> 8
+        low, high = _absmax(absmax, block, outer), _absmax(absmax, block + 1, outer)
     if KIND == "table4":
         pairs, inner = _tables(table_ptr, map_ptr, DTYPE)
     wait_for_previous(PDL)
@@ -291,7 +290,9 @@ def _mma_kernel(
                 stored, low, high, offset, start, run_byte + at, lane_byte + at, inner,
                 GROUP, BESIDE, TILES,
             )  # fmt: skip
-            low, high = _two_absmax(absmax, start + (lane_byte + end) // GROUP, outer)
+            next_block = start + (lane_byte + end) // GROUP >> 8
+            low = tl.where(next_block == block, low, high)
+            block, high = next_block, _absmax(absmax, next_block + 1, outer)
         if SCALES == "lane":
             factor = _scale_pair(scales, KIND, DTYPE)
             factor = tl.reshape(factor, (RUNS, 2 if KIND == "nv4" else 1, 1))
@@ -315,8 +316,8 @@ def _mma_kernel(
         n = _weight_rows(first + tl.arange(0, 16 * ROWS), N, GATED).to(tl.int64)
         scale = tl.load((global_ptr if KIND == "nv4" else scale_ptr) + n)
         if absmax_ptr is not None:
-            low, _ = _two_absmax(absmax_ptr + n * outer, tl.load(start_ptr + n), outer)
-            scale = _nested_scale(scale, low, tl.load(offset_ptr + n), inner)
+            absmax = _absmax(absmax_ptr + n * outer, tl.load(start_ptr + n) >> 8, outer)
+            scale = _nested_scale(scale, absmax, tl.load(offset_ptr + n), inner)
         y *= scale.to(tl.float32)[:, None]
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     _store_outputs(

@@ -87,11 +87,12 @@ def _tables(table_ptr, map_ptr, DTYPE: tl.constexpr):
     is the low half of its pair.
     """
     pairs = _shared_tables()
-    first = tl.arange(0, 128)[None, :]  # 16 low halves, and eight times four lanes of each
-    second = tl.arange(0, 16)[:, None]
-    low = tl.load(table_ptr + first // 8).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-    high = tl.load(table_ptr + second).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-    _store_four(pairs + (second * 2048 + first * 16), low & 0xFFFF | high << 16)
+    pair = tl.arange(0, 256)[None, :]
+    low = tl.load(table_ptr + pair % 16).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    high = tl.load(table_ptr + pair // 16).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    # eight times the copies of four lanes; threads that store at once store to different banks
+    lanes = (tl.arange(0, 8)[:, None] + pair) % 8
+    _store_four(pairs + (pair * 128 + lanes * 16), low & 0xFFFF | high << 16)
     if map_ptr is not None:
         # a row of them: the compiler gives loads of equal shape one layout, and there are others of 256
         i = tl.arange(0, 256)[None, :]
