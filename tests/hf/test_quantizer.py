@@ -151,6 +151,21 @@ def test_old_modelopt_files_say_more_than_the_config(original, tmp_path):
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("k, v", [("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale")])
+def test_scales_of_the_cache_serve_optimize(k, v, original, tmp_path):
+    checkpoint("modelopt", original, tmp_path / "in")
+    scales = {
+        f"model.layers.{i}.self_attn.{x}": torch.tensor(i + 0.5) for i in (0, 1) for x in (k, v)
+    }
+    rewrite(tmp_path / "in", lambda t: t.update(scales))
+    model, info = load(tmp_path / "in", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    model = tlk.optimize(model, kv_cache_dtype="fp8", strict=True)
+    found = model._execution.binding.decoder.cache_scales(torch.float8_e4m3fn)
+    assert [(float(a[0]), float(b[1])) for a, b in found] == [(0.5, 0.5), (1.5, 1.5)]
+
+
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "cpu", "auto"])
 def test_one_device(device_map, original, tmp_path):
     checkpoint("awq", original, tmp_path / "in")

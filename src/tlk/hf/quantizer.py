@@ -14,6 +14,7 @@ files have of it, so that transformers loads, places and accounts for them as fo
 there, `Scheme.read` makes a `QuantLinear` of them.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tlk.errors import CheckpointError, UnsupportedError
 from tlk.hf.hub import read_quantization
 from tlk.hf.quant_linear import quantized_like
 from tlk.hf.quantized_model import one_device
-from tlk.hf.quantized_weights import BIAS, check_listed, suffixes_of
+from tlk.hf.quantized_weights import BIAS, CACHE, check_listed, kv_dtype_of, suffixes_of
 from tlk.quant.files.layer import Scheme
 from tlk.quant.files.recognise import METHODS, recognise
 
@@ -67,11 +68,16 @@ class StoredQuantizer(HfQuantizer):
     ) -> None:
         folder, header = _header(checkpoint_files)
         fields = self.quantization_config.to_dict()
-        scheme = recognise(read_quantization(folder, {"quantization_config": fields}) or fields)
-        stored = _layers(folder, model, scheme, header)
+        fields = read_quantization(folder, {"quantization_config": fields}) or fields
+        self.scheme = recognise(fields)
+        stored = _layers(folder, model, self.scheme, header)
         for name, tensors in stored.items():
             model.set_submodule(name, Stored(model.get_submodule(name), tensors))  # type: ignore[arg-type]
-        self.scheme = scheme
+        keys = _cache_keys(model, header)
+        files = [Path(str(file)) for file in checkpoint_files]
+        self.kv_scales = _kv_scales(files, keys), kv_dtype_of(fields)
+        own: Any = model  # whose cache reads them, and not a module
+        own._keys_to_ignore_on_load_unexpected |= {re.escape(k) for p in keys.values() for k in p}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in list(model.named_modules()):
@@ -80,6 +86,8 @@ class StoredQuantizer(HfQuantizer):
                 shape = (module.out_features, module.in_features)
                 layer = self.scheme.read(name, tensors, shape)
                 model.set_submodule(name, quantized_like(module, *layer, module.dtype))  # type: ignore[arg-type]
+        if self.kv_scales[0]:
+            model.__dict__["_tlk_kv_scales"] = self.kv_scales
 
     def is_serializable(self) -> bool:
         """UnsupportedError: transformers asks when it saves, and tlk saves what it has optimized."""
@@ -142,7 +150,7 @@ def register_quantizers(*methods: str) -> Registered:
     `from_pretrained` of transformers' own classes makes `QuantLinear`s of their layers, which run in
     transformers' forward, slowly, and after `tlk.optimize(model)` on tlk's kernels. It takes dtype and
     a device_map of one device; a quantization_config of another class is an error of transformers'.
-    Scales of an 8-bit cache are left in the files: `tlk.LLM` reads them.
+    Scales of an 8-bit cache serve `tlk.optimize(model, kv_cache_dtype="fp8")`.
 
     Returns what undoes it, also as a context manager:
 
@@ -212,6 +220,28 @@ def _layers(
             f"{folder} says that it is quantized with {scheme.method}, but no layer of it is"
         )
     return found
+
+
+def _cache_keys(model: nn.Module, header: Header) -> dict[int, tuple[str, str]]:
+    """Layer to the keys of the scales of its keys and values, where the files have them."""
+    attentions = [name for name, module in model.named_modules() if hasattr(module, "q_proj")]
+    found = {}
+    for i, name in enumerate(attentions):
+        pairs = [(f"{name}.{k}", f"{name}.{v}") for k, v in CACHE]
+        if there := next((pair for pair in pairs if set(pair) <= header.keys()), None):
+            found[i] = there
+    return found
+
+
+def _kv_scales(
+    files: list[Path], keys: Mapping[int, tuple[str, str]]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    wanted = {key for pair in keys.values() for key in pair}
+    read: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            read |= {key: file.get_tensor(key).float() for key in wanted & set(file.offset_keys())}
+    return {i: (read[k], read[v]) for i, (k, v) in keys.items()}
 
 
 def is_ours(model: Any) -> bool:
