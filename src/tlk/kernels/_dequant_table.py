@@ -88,8 +88,9 @@ def _tables(table_ptr, map_ptr, DTYPE: tl.constexpr):
     """
     pairs = _shared_tables()
     pair = tl.arange(0, 256)[None, :]
-    low = tl.load(table_ptr + pair % 16).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-    high = tl.load(table_ptr + pair // 16).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    # `&` and not `%`: nothing the compiler would load in vectors, in a layout of its own
+    low = tl.load(table_ptr + (pair & 15)).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    high = tl.load(table_ptr + (pair >> 4)).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     # eight times the copies of four lanes; threads that store at once store to different banks
     lanes = (tl.arange(0, 8)[:, None] + pair) % 8
     _store_four(pairs + (pair * 128 + lanes * 16), low & 0xFFFF | high << 16)
