@@ -184,7 +184,7 @@ def test_tokens_do_not_depend_on_the_batch(device, small_tiles):
 
 def test_greedy_takes_the_first_of_the_largest(device, small_tiles):
     logits = torch.randn(4, 300, device=device)
-    logits[0, [7, 70, 71, 299]] = 5.0
+    logits[0, [7, 9, 70, 71, 299]] = 5.0
     logits[1, [199, 135, 64]] = 5.0
     logits[2, 299] = 5.0
     args = requests([(0.0, 3, 0.5, 0.5), (-1.0, 0, 1, 0), (0.0, 0, 1, 0), (0.0, 0, 1, 0)], device)
@@ -249,6 +249,20 @@ def test_top_p_of_what_top_k_left(device, small_tiles):
     logits[:, 20] = 0.0
     tokens = agrees(logits, requests([(1.0, 2, 0.5, 0.0)] * 12, device))
     assert tokens.tolist() == [3] * 12
+
+
+@pytest.mark.parametrize("k", [9, 100])
+def test_what_top_k_left_is_filtered_at_temperature(k, device, small_tiles):
+    logits = torch.randn(12, 300, device=device)
+    agrees(logits, requests([(3.0, k, 1.0, 0.9), (9.0, k, 0.5, 0.0)] * 6, device))
+
+
+def test_a_span_that_is_just_above_a_token_counts(device, small_tiles):
+    """All spans have logits of two neighbouring values, and the larger one's mass is enough."""
+    logits = torch.ones(8, 320, dtype=torch.bfloat16, device=device)
+    logits[:, ::2] = 1.0078125
+    tokens = agrees(logits, requests([(1.0, 0, 0.3, 0.0)] * 8, device))
+    assert (tokens % 2 == 0).all()
 
 
 def test_top_k_of_more_than_the_spans_that_have_logits(device, small_tiles):
