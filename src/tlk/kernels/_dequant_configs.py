@@ -98,8 +98,9 @@ def mma_config(processors: int, kind: str, m: int, dims: tuple[int, ...]) -> Con
         warps, tiles = 4 if tall else 8, max(tiles // 2, 1)
     if words == 2:
         tiles *= 2
+        waves = n > 32 * processors  # more than two programs an SM
         if block_m < 8:
-            warps, tiles = (8, 4) if block_m < 4 and not tall else (4, 4 if tall else 8)
+            warps, tiles = (8, 4) if block_m < 4 and not waves else (4, 4 if waves else 8)
     return _mma(block_m, rows, warps, tiles, words, grouped_bytes)
 
 
