@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tlk.kernels._dequant import Quantized, halves, run_bytes
 from tlk.kernels._dequant_linear import scales_of
+from tlk.kernels._dequant_sm90_configs import gluon_candidates, gluon_config, takes
+from tlk.kernels._dequant_wide import gluon_missing
 from tlk.kernels._device import sm, sm_count
 from tlk.kernels._ints import cdiv, next_power_of_2
 from tlk.kernels.tuning import Config, lookup
 
-VERSION = 1  # of the kernels: raise it when measured configurations no longer apply
+VERSION = 2  # of the kernels: raise it when measured configurations no longer apply
 
 CUBLAS: Config = {"backend": "cublas"}
 """Dequantize, then matmul."""
@@ -37,7 +39,8 @@ def choose(x: Tensor, w: Quantized, backend: str | None) -> Config:
         return sums_config(m, w) if m <= FEW_ROWS or backend == "triton" else CUBLAS
     dims = n, k, k if w.whole_rows else w.group_size
     config = lookup(f"dequant_mm.{w.kind}", VERSION, x.device, x.dtype, dims, m)
-    if config is not None and (config["backend"] != "cublas" or backend is None):
+    fit = config is not None and fits(config, w, dims, m)
+    if config is not None and fit and (config["backend"] != "cublas" or backend is None):
         return config
     config = default_config(arch, sm_count(x.device), x.dtype, dims, max(m, 1), kind=w.kind)
     if config["backend"] == "cublas" and backend == "triton":
@@ -58,6 +61,20 @@ def _tensor_cores_fit(x: Tensor, w: Quantized, arch: int) -> bool:
     )
 
 
+def fits(config: Config, w: Quantized, dims: tuple[int, ...], m: int) -> bool:
+    """Whether a configuration, measured on a shape nearby, suits this weight and `m` rows too.
+
+    "mma" is for few rows and wants scales that its lanes of words meet; a block of "wide" is not to be
+    far lower than the rows, nor is "wide_sm90" to get what it does not take.
+    """
+    kernel, meta = config.get("kernel"), config.get("meta", {})
+    if kernel == "mma":
+        return m <= 2 * FEW_ROWS and scales_of(w, meta["WORDS"]) is not None
+    if kernel == "wide_sm90":
+        return gluon_missing() is None and takes(w.kind, dims)
+    return kernel is None or (kernel == "wide" and 4 * meta["BLOCK_M"] >= min(m, 256))
+
+
 def default_config(
     arch: int,
     processors: int,
@@ -71,6 +88,8 @@ def default_config(
     n, k, _ = dims
     if running <= FEW_ROWS:
         return mma_config(processors, kind, running, dims)
+    if running < MANY_ROWS and arch == 90 and takes(kind, dims) and gluon_missing() is None:
+        return gluon_config(processors, kind, running, dims)
     return wide_config(arch, processors, running, n, k) if running < MANY_ROWS else CUBLAS
 
 
@@ -125,7 +144,9 @@ def wide_config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
     splits, programs = 1, cdiv(n, block_n) * cdiv(m, block_m)
     while splits < 4 and 2 * splits * programs <= 2 * processors and k // splits >= 2048:
         splits *= 2
-    return _wide(block_m, block_n, warps, splits, 3 if arch in (80, 90, 100) else 2)
+    # of few rows a stage is small, and on an H100 four took two thirds of the time of three
+    stages = 4 if arch == 90 and block_m <= 64 and not tall else 3 if arch in (80, 90, 100) else 2
+    return _wide(block_m, block_n, warps, splits, stages)
 
 
 def _wide(block_m: int, block_n: int, warps: int, splits: int, stages: int) -> Config:
@@ -170,4 +191,6 @@ def candidates(
             heights, ((64, 4), (128, 8)), (1, 2, 4), (3, 4)
         ):
             found.append(_wide(block_m, block_n, warps, splits, stages))
+    if running > FEW_ROWS and arch == 90 and takes(kind, dims) and gluon_missing() is None:
+        found += gluon_candidates(kind, running, dims)
     return [*found, CUBLAS]

@@ -22,6 +22,11 @@ from tlk.kernels._linear import _store_outputs, _weight_rows
 from tlk.kernels._pdl import allow_next, pdl, wait_for_previous
 from tlk.kernels.tuning import Config
 
+try:
+    from tlk.kernels import _dequant_sm90 as hopper
+except ImportError as error:  # Gluon moves between versions of Triton
+    hopper, _import_error = None, str(error)  # type: ignore[assignment]
+
 
 @triton.jit
 def _order_kernel(
@@ -199,6 +204,13 @@ def in_order(x: Tensor, w: Quantized, norm: tuple[Tensor, float, float] | None) 
     return out
 
 
+def gluon_missing() -> str | None:
+    """Why "wide_sm90" cannot run with this Triton, or None; then "wide" runs."""
+    if hopper is None:
+        return f"triton {triton.__version__} has another Gluon: {_import_error}"
+    return hopper.missing()
+
+
 def launch_wide(
     config: Config,
     x: Tensor,
@@ -213,24 +225,30 @@ def launch_wide(
 ) -> None:
     """Run "wide" on x [M, K], y and residual [M, N], or on RMSNorm of x: weight, eps and weight offset.
 
+    Or "wide_sm90" (_dequant_sm90.py), which takes x as it lies and no norm.
     `late`: a kernel just launched writes the scales.
     """
     meta = config["meta"]
-    x = in_order(x, w, norm)
+    gluon = config["kernel"] == "wide_sm90"
+    x = x if gluon else in_order(x, w, norm)
     (m, n), (rows, width) = y.shape, w.weight.shape
     dependent, splits = pdl(x.device), meta["SPLITS"]
     stride_residual = 0 if residual is None else residual.stride(0)
     split_bytes = cdiv(cdiv(width, 64), splits) * 64
     out = y if splits == 1 else torch.empty((splits, m, rows), device=x.device)
     flags: tuple[Any, ...] = activation, gated, dependent
-    _wide_kernel[(cdiv(rows, meta["BLOCK_N"]) * cdiv(m, meta["BLOCK_M"]), splits)](
-        x, as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale,
-        bias, residual, out,
-        m, n, width, w.scale.shape[1], split_bytes, x.stride(0), w.weight.stride(0), stride_residual,
-        w.kind, 0 if w.whole_rows else w.group_size // halves(w.kind), late, *flags, width % 64 == 0,
-        sm(x.device) == 90,
-        **meta, num_warps=meta["WARPS"], launch_pdl=dependent,
-    )  # fmt: skip
+    if gluon:
+        hopper.launch(meta, x, w, bias, activation, out, m, n, residual, gated, late)
+    else:
+        _wide_kernel[(cdiv(rows, meta["BLOCK_N"]) * cdiv(m, meta["BLOCK_M"]), splits)](
+            x, as_bytes(w.weight), as_bytes(w.scale), w.zero, w.table, w.global_scale,
+            bias, residual, out,
+            m, n, width, w.scale.shape[1], split_bytes, x.stride(0), w.weight.stride(0),
+            stride_residual,
+            w.kind, 0 if w.whole_rows else w.group_size // halves(w.kind), late, *flags,
+            width % 64 == 0, sm(x.device) == 90,
+            **meta, num_warps=meta["WARPS"], launch_pdl=dependent,
+        )  # fmt: skip
     if splits > 1:
         block_m, block_n = min(next_power_of_2(m), 8), 256
         _add_kernel[(cdiv(rows, block_n), cdiv(m, block_m))](

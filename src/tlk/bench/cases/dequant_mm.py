@@ -159,7 +159,8 @@ CASES = (
         for n, k in LAYERS
     ),
     *(_case("int4", m, n, k) for m in (64, 256, 4096) for n, k in LAYERS),
-    *(_case("int4", m, 6144, 4096) for m in (4, 8, 32, 128)),
+    *(_case("int4", m, 6144, 4096) for m in (4, 8, 32)),
+    *(_case("int4", m, n, k) for m in (128, 512) for n, k in LAYERS),
     *(_case(v, 1, 6144, 4096) for v in VARIANTS if v not in ("int4", "int8", "nf4", "fp8")),
     *(_case(v, m, 4096, 4096) for v in ("mx4", "nv4", "int4-asymmetric") for m in (16, 64)),
     *(_case(v, 64, 4096, 4096) for v in ("nf4", "int8", "fp8", "fp8-block")),
