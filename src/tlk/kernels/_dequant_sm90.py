@@ -41,7 +41,7 @@ from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _activated, _weight_rows
 from tlk.kernels._pdl import allow_next, wait_for_previous
 
-TRITON: tuple[str, ...] = ()  # versions with which it was right on a GPU
+TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 REGISTERS = {
     (1, 64): (80, 128, 32), (1, 128): (128, 216, 40), (1, 256): (168, 240, 40),
     (2, 32): (80, 104, 32), (2, 64): (80, 104, 32), (2, 128): (168, 232, 40), (2, 256): (168, 232, 40),
