@@ -233,8 +233,7 @@ def _next_of_row(row_ptr, n_cols, value, column, BLOCK: tl.constexpr):
 
 
 MOST = 1024  # logits that a program lists and holds
-BLOCK = 8192  # columns of a tile of a row that is read whole
-WARPS = 16
+BLOCK = 4096  # columns of a tile of a row that is read whole
 
 
 # Bits of a float32 that logits of a 16-bit dtype never set.
@@ -248,7 +247,8 @@ def _measure(
     n_rows, n_cols = logits.shape
     width, n_spans, dependent = span_width(n_cols), span_count(n_cols), pdl(logits.device)
     tile, spans = tile_spans(n_cols), next_power_of_2(n_spans)
-    most = min(MOST, max(next_power_of_2(n_cols), 16))
+    columns = max(next_power_of_2(n_cols), 128)
+    most, block = min(MOST, columns), min(BLOCK, max(columns, 2048))
     sums = torch.empty(n_rows, 4, n_spans, dtype=torch.float32, device=logits.device)
     lists = torch.empty(n_rows, most + spans, dtype=torch.int32, device=logits.device)
     _spans_kernel[(n_rows, n_spans // tile)](
@@ -257,7 +257,8 @@ def _measure(
     )  # fmt: skip
     return sums, lists, {
         "SHIFT": _UNUSED_BITS[logits.dtype], "WIDTH": width, "SPANS": spans, "TILE": tile,
-        "MOST": most, "BLOCK": BLOCK, "PDL": dependent, "num_warps": WARPS, "launch_pdl": dependent,
+        "MOST": most, "BLOCK": block, "PDL": dependent, "num_warps": 16 if most >= 1024 else 8,
+        "launch_pdl": dependent,
     }  # fmt: skip
 
 
