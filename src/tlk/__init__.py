@@ -1,5 +1,6 @@
 """Triton kernels and a PyTorch-native runtime for fast inference of Hugging Face models."""
 
+from tlk._version import __version__
 from tlk.dropin import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -30,8 +31,6 @@ from tlk.quant.config import QuantConfig
 from tlk.quantize.checkpoint import quantize
 from tlk.runtime.params import SamplingParams
 from tlk.verify import Verification, verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

@@ -67,15 +67,36 @@ def sample_reference(
     seeds: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = cleaned(logits)
-    t = threshold_reference(logits, temperature, top_k, top_p, min_p)
+    tokens = x.argmax(-1)
+    filtered = (top_k > 0) & (top_k < x.shape[-1])
+    for rows, draw in ((filtered, _drawn_by_score), (~filtered, _drawn_by_mass)):
+        rows = rows & (temperature > 0)
+        if rows.any():
+            settings = (s[rows] for s in (temperature, top_k, top_p, min_p, seeds, offsets))
+            tokens[rows] = draw(x[rows], *settings)
+    return tokens, _token_logprobs(x, tokens)
+
+
+def _drawn_by_score(
+    x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, offsets: Tensor,
+) -> Tensor:  # fmt: skip
+    """The largest of logits and noise of those that the filters keep."""
+    t = threshold_reference(x, temperature, top_k, top_p, min_p)
     inverse = 1 / temperature.clamp(1e-30, 1e30)
     score = (x - x.amax(-1, keepdim=True)) * inverse[:, None]
     score += gumbel_reference(seeds, offsets, x.shape[-1])
-    by_k = torch.where(x >= t[:, None], score, -torch.inf).argmax(-1)
-    drawn = draw_reference(x, t, floor_reference(x, temperature, min_p), inverse, seeds, offsets)
-    drawn = torch.where((top_k > 0) & (top_k < x.shape[-1]), by_k, drawn)
-    tokens = torch.where(temperature > 0, drawn, x.argmax(-1))
-    return tokens, _token_logprobs(x, tokens)
+    return torch.where(x >= t[:, None], score, -torch.inf).argmax(-1)
+
+
+def _drawn_by_mass(
+    x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, offsets: Tensor,
+) -> Tensor:  # fmt: skip
+    """A span of columns, then one of its tokens, until the filters keep it."""
+    t = threshold_reference(x, temperature, top_k, top_p, min_p)
+    inverse = 1 / temperature.clamp(1e-30, 1e30)
+    return draw_reference(x, t, floor_reference(x, temperature, min_p), inverse, seeds, offsets)
 
 
 def _fake_sample(logits: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ fraction of the time. At the end the pieces become the checkpoint, and the folde
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tlk._version import __version__
 from tlk.hf.checkpoint import load_tokenizer
 from tlk.hf.partial import Partial
 from tlk.hf.quantized_checkpoint import QuantizedModel, save_quantized
@@ -152,7 +152,7 @@ def _identity(
         "config": config.to_dict(),
         "calibration_sha256": data_sha256(data),
         "kv_cache_dtype": kv_cache_dtype,
-        "version": version("tlk"),
+        "version": __version__,
     }
 
 

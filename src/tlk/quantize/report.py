@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from tlk._version import __version__
 from tlk.quant.config import QuantConfig
 from tlk.quantize.calibration import Calibration
 from tlk.quantize.plan import Plan
 from tlk.quantize.run import Quantized
+
+PACKAGES = ("torch", "triton", "transformers")
 
 
 def describe(
@@ -35,7 +38,7 @@ def describe(
         "seconds": round(result.seconds, 1),
         "memory_bytes": result.memory,
         "device": where or "cpu",
-        "versions": {p: version(p) for p in ("tlk", "torch", "triton", "transformers")},
+        "versions": {"tlk": __version__} | {p: version(p) for p in PACKAGES},
     }
 
 
