@@ -1,6 +1,6 @@
 """Triton kernels and a PyTorch-native runtime for fast inference of Hugging Face models."""
 
-from tlk._version import __version__
+from tlk._version import __version__ as __version__
 from tlk.dropin import (
     AutoModelForCausalLM,
     LlamaForCausalLM,

@@ -7,6 +7,7 @@ load time is prepared before the clock runs. Peers that multiply in 8 bits get q
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -137,7 +138,8 @@ def _rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-def _scaled_mm(case: Case, inputs: tuple[Any, ...]) -> Call:
+def _scaled_mm(case: Case, inputs: tuple[Any, ...], fast: bool = True) -> Call:
+    """`fast`: sums that are not promoted to float32 on their way, which torch leaves off by default."""
     x, x_scale, weight, scale = _operands(case, inputs, torch.float8_e4m3fn)
     if scale.shape == (len(weight), 1):
         x_scale, scale = x_scale.reshape(-1, 1), scale.t()
@@ -145,7 +147,7 @@ def _scaled_mm(case: Case, inputs: tuple[Any, ...]) -> Call:
         x_scale, scale = x_scale.t().contiguous().t(), scale.t()
     dtype = options_of(case).get("out_dtype", torch.bfloat16)
     return lambda: torch._scaled_mm(
-        x, weight.t(), x_scale, scale, out_dtype=dtype, use_fast_accum=scale.shape[0] == 1
+        x, weight.t(), x_scale, scale, out_dtype=dtype, use_fast_accum=fast and scale.shape[0] == 1
     )
 
 
@@ -184,6 +186,7 @@ DEQUANT_MM = (
 )
 SCALED_MM = (
     Peer("_scaled_mm", _scaled_mm, tolerance=0.02),
+    Peer("_scaled_mm careful", partial(_scaled_mm, fast=False), tolerance=0.02),
     Peer("_int_mm", _int_mm, compared=False),
     Peer("bitsandbytes int8", _bitsandbytes_int8, "bitsandbytes", tolerance=0.02),
 )
