@@ -1,4 +1,4 @@
-"""The linear layers of Llama-3.1-8B with quantized weights, for one token up to a prefill."""
+"""Linear layers with quantized weights: Llama-3.1-8B's for one token up to a prefill, and other models'."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tlk.bench.case import Case, Inputs
+from tlk.bench.cases.matmul import FLUX, LAYERS, LLAMA_70B, QWEN3_30B, SD35_LARGE
 from tlk.kernels.dequant_mm import dequant_mm, dequant_mm_reference
 from tlk.quant.table4 import NF4
 
-LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 
@@ -126,6 +126,7 @@ def _case(
     *,
     extras: str = "",
     dtypes: tuple[torch.dtype, ...] = HALVES,
+    gate: bool = True,
     **options: Any,
 ) -> Case:
     """`extras` names what there is of bias, residual and norm."""
@@ -148,6 +149,7 @@ def _case(
         partial(_reference, **options),
         flops=2 * m * n * k,
         dtypes=dtypes,
+        gate=gate,
     )
 
 
@@ -169,6 +171,18 @@ CASES = (
         for m in (1, 16, 64)
     ),
     *(_case("int4", m, 4096, 14336, extras="bias residual") for m in (1, 64)),
+    *(
+        _case(v, m, n, k, gate=False)
+        for v, layers, rows in (
+            ("int4", LLAMA_70B, (1, 64)),
+            ("int4", QWEN3_30B, (1, 64)),
+            ("int4", FLUX, (4608,)),
+            ("nf4", FLUX, (4608,)),
+            ("nf4", SD35_LARGE, (8858,)),
+        )
+        for m in rows
+        for n, k in layers
+    ),
     *(_case(v, 1, 2048, 2048, dtypes=(torch.float32,)) for v in ("int4", "nf4-nested", "nv4")),
     *(_case(v, 9, 1024, 2048, dtypes=FLOATS) for v in ("int8-asymmetric", "fp8-block", "mx4")),
 )
