@@ -150,6 +150,7 @@ def _case(
         flops=2 * m * n * k,
         dtypes=dtypes,
         gate=gate,
+        gathers=("_wide_sm90_kernel",),  # scales: codes and x come by TMA
     )
 
 
