@@ -14,7 +14,6 @@ kernel.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,6 +39,7 @@ from tlk.kernels._dequant_sm90_codes import (
 from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _activated, _weight_rows
 from tlk.kernels._pdl import allow_next, wait_for_previous
+from tlk.kernels.gluon import untested
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 REGISTERS = {
@@ -340,18 +340,7 @@ def _wide_sm90_kernel(
 
 def missing() -> str | None:
     """Why this kernel cannot run here, or None."""
-    if triton.knobs.runtime.interpret:
-        return "Triton's interpreter has no Gluon"
-    if not triton.__version__.startswith(TRITON):
-        return f"the kernel is untested with Gluon of triton {triton.__version__}"
-    return None
-
-
-def takes(w: Quantized) -> bool:
-    """Whether rows of W come in pairs of 8, and boxes of x end with what they multiply."""
-    rows, width = w.weight.shape
-    low_and_high = halves(w.kind) == 2 and w.whole_rows
-    return rows % 16 == 0 and width % 16 == 0 and not (low_and_high and width % 256)
+    return untested(TRITON)
 
 
 def launch(

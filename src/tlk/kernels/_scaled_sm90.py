@@ -10,7 +10,6 @@ Every product of BLOCK_K columns is added in float32. Gluon is experimental and 
 versions of Triton: `missing` says why this one cannot run the kernel.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tlk.kernels._ints import cdiv
 from tlk.kernels._linear import _activated
 from tlk.kernels._pdl import allow_next, wait_for_previous
+from tlk.kernels.gluon import untested
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 ROWS = gl.constexpr(64)  # of W: those of an instruction
@@ -115,11 +115,7 @@ def _few_rows_sm90_kernel(
 
 def missing() -> str | None:
     """Why this kernel cannot run here, or None."""
-    if triton.knobs.runtime.interpret:
-        return "Triton's interpreter has no Gluon"
-    if not triton.__version__.startswith(TRITON):
-        return f"the kernel is untested with Gluon of triton {triton.__version__}"
-    return None
+    return untested(TRITON)
 
 
 def launch(

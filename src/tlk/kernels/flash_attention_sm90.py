@@ -33,6 +33,7 @@ from tlk.kernels._device import sm_count
 from tlk.kernels._flash_sm90_blocks import locate
 from tlk.kernels._flash_sm90_tiles import HALF, attend_block
 from tlk.kernels._ints import cdiv, next_power_of_2
+from tlk.kernels.gluon import untested
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 TILES = ((64, 64), (128, 128), (128, 64), (64, 128), (256, 128), (256, 256))  # padded head dims
@@ -349,11 +350,7 @@ def default_config(itemsize: int, d: int, d_v: int) -> Config:
 
 def missing() -> str | None:
     """Why this kernel cannot run here, or None."""
-    if triton.knobs.runtime.interpret:
-        return "Triton's interpreter has no Gluon"
-    if not triton.__version__.startswith(TRITON):
-        return f"the kernel is untested with Gluon of triton {triton.__version__}"
-    return None
+    return untested(TRITON)
 
 
 def refused(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> str | None:

@@ -23,6 +23,15 @@ def gluon_kernels() -> dict[str, str | None]:
     }
 
 
+def untested(versions: tuple[str, ...]) -> str | None:
+    """Why a kernel that was right on a GPU with these versions of Triton cannot run here, or None."""
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter has no Gluon"
+    if not triton.__version__.startswith(versions):
+        return f"the kernel is untested with Gluon of triton {triton.__version__}"
+    return None
+
+
 def _missing(module: str) -> str | None:
     try:
         reason: str | None = import_module(module).missing()

@@ -10,7 +10,6 @@ and changes between versions of Triton: `missing` says why this one cannot run t
 
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tlk.kernels._ints import next_power_of_2
+from tlk.kernels.gluon import untested
 
 TRITON: tuple[str, ...] = ("3.6.",)  # versions with which it was right on a GPU
 LOG2_E = 1.4426950408889634
@@ -286,11 +286,7 @@ class Config:
 
 def missing() -> str | None:
     """Why this kernel cannot run here, or None."""
-    if triton.knobs.runtime.interpret:
-        return "Triton's interpreter has no Gluon"
-    if not triton.__version__.startswith(TRITON):
-        return f"the kernel is untested with Gluon of triton {triton.__version__}"
-    return None
+    return untested(TRITON)
 
 
 def takes(page_size: int) -> bool:
